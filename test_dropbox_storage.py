@@ -1,7 +1,7 @@
 """Tests of dropbox_storage, and the fake Dropbox on which they and the demo run.
 
-    python -m pytest
-    python test_dropbox_storage.py demo FILE...
+python -m pytest
+python test_dropbox_storage.py demo FILE...
 """
 
 import base64
@@ -30,8 +30,8 @@ from django.conf import settings
 if not settings.configured:
     settings.configure(USE_TZ=True)
 
-from django.core.exceptions import ImproperlyConfigured  # noqa: E402
-from django.core.files.base import ContentFile  # noqa: E402
+from django.core.exceptions import ImproperlyConfigured
+from django.core.files.base import ContentFile
 
 # The module beside this one, also where both are copied into another package.
 module_name = pathlib.Path(__file__).stem.replace("test_", "", 1)
@@ -134,7 +134,9 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         return storage
 
     def storage(self, **options):
-        return self.connect(DropboxStorage(**{"oauth2_access_token": "valid-token"} | options))
+        return self.connect(
+            DropboxStorage(**{"oauth2_access_token": "valid-token"} | options)
+        )
 
     def put(self, path, data=b""):
         """Write a file as another device would."""
@@ -147,7 +149,9 @@ class FakeAccount(requests.adapters.HTTPAdapter):
 
     def fail(self, route, kind, nth=1, times=1, value=0):
         """Misbehave at the nth call of the route ("*": any) from now, and after it."""
-        self.faults.append([route, kind, range(nth, nth + times), itertools.count(1), value])
+        self.faults.append(
+            [route, kind, range(nth, nth + times), itertools.count(1), value]
+        )
 
     def expire_tokens(self):
         self.expired |= self.tokens
@@ -159,3 +163,483 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         before, counted = self.calls.copy(), collections.Counter()
         yield counted
         counted.update(self.calls - before)
+
+    # HTTP
+
+    def send(self, request, stream=False, timeout=None, **kwargs):
+        path = urlsplit(request.url).path
+        route = path[3:] if path.startswith("/2/") else path.lstrip("/")
+        with self.lock:
+            self.calls[route] += 1
+            self.timeouts.add(timeout)
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            self.bytes_in += len(request.body or b"")
+            fault, value = self.take_fault(route)
+        try:
+            status, headers, body = self.answer(route, request, fault, value)
+        except Refused as refused:
+            status, headers, body = refused.status, refused.headers, refused.body
+        finally:
+            with self.lock:
+                self.in_flight -= 1
+        if not isinstance(body, bytes):
+            kind = "text/plain" if isinstance(body, str) else "application/json"
+            headers = {"content-type": kind, **headers}
+            body = (body if isinstance(body, str) else json.dumps(body)).encode()
+        headers = {"content-length": str(len(body)), **headers}
+        self.bytes_out += len(body)
+        raw = urllib3.HTTPResponse(
+            body=io.BytesIO(body),
+            headers={name.replace("_", "-"): value for name, value in headers.items()},
+            status=status,
+            preload_content=False,
+        )
+        return self.build_response(request, raw)
+
+    def answer(self, route, request, fault, value):
+        """The status, the headers and the body of Dropbox's answer."""
+        self.fail_before(route, fault, value)
+        if route == "oauth2/token":
+            return 200, {}, self.token(parse_qs(request.body))
+        handler = getattr(self, route.replace("/", "_"), None)
+        if not handler:
+            raise Refused(404, f"no such route: {route}")
+        self.authenticate(request.headers.get("Authorization", ""))
+        body = request.body or b""
+        argument = request.headers.get("Dropbox-API-Arg") or body
+        argument = self.in_namespace(json.loads(argument), request.headers)
+        if fault == "corrupt" and route != "files/download" and body:
+            body = bytes([body[0] ^ 1]) + body[1:]
+        if route == "files/download":
+            return self.send_file(*self.files_download(argument), request, fault)
+        with self.lock:
+            result = handler(argument, body)
+        if fault == "503_after":
+            raise Refused(503, "unavailable")
+        if fault == "reset_after":
+            raise requests.ConnectionError("reset")
+        return 200, {}, result
+
+    def send_file(self, metadata, data, request, fault):
+        status, headers = 200, {"dropbox-api-result": json.dumps(metadata)}
+        if wanted := request.headers.get("Range"):
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted).groups()
+            first, last = int(first), min(int(last or len(data)), len(data) - 1)
+            if first >= len(data):
+                raise Refused(416, "range not satisfiable")
+            headers["content-range"] = f"bytes {first}-{last}/{len(data)}"
+            data, status = data[first : last + 1], 206
+        headers["content-length"] = str(len(data))
+        if fault == "truncate":
+            data = data[: len(data) // 2]
+        if fault == "corrupt":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        return status, headers, data
+
+    def authenticate(self, authorization):
+        token = authorization.partition("Bearer ")[2]
+        if not token:
+            raise Refused(400, "The given OAuth 2 access token is malformed.")
+        if token not in self.tokens:
+            kind = "expired" if token in self.expired else "invalid"
+            self.fail_before("", f"{kind}_token", 0)
+
+    def in_namespace(self, argument, headers):
+        root = json.loads(headers.get("Dropbox-API-Path-Root", '{"namespace_id": "1"}'))
+        if root["namespace_id"] not in self.namespaces:
+            error = {".tag": "no_permission"}
+            raise Refused(422, {"error_summary": "..", "error": error})
+        target = argument.get("commit", argument)
+        if not target.get("path", "rev:").startswith(("rev:", "id:")):
+            target["path"] = self.namespaces[root["namespace_id"]] + target["path"]
+        return argument
+
+    def token(self, form):
+        form = {name: values[0] for name, values in form.items()}
+        owner = self.refresh_tokens.get(form["refresh_token"])
+        if not owner:
+            raise Refused(400, {"error": "invalid_grant"})
+        if owner != (form["client_id"], form.get("client_secret")):
+            raise Refused(400, {"error": "invalid_client: bad app key or secret"})
+        token = f"sl.fresh-{next(self.numbers)}"
+        self.tokens.add(token)
+        return {"access_token": token, "token_type": "bearer", "expires_in": 14400}
+
+    # Faults
+
+    def take_fault(self, route):
+        for wanted, kind, calls, count, value in self.faults:
+            if wanted in ("*", route) and next(count) in calls:
+                return kind, value
+        return None, 0
+
+    def fail_before(self, route, fault, value):
+        """Raise the failure that comes before anything is done."""
+        later = {"Retry_After": str(value)}
+        busy = {".tag": "too_many_write_operations"}
+        unauthorized = {
+            "expired_token": {".tag": "expired_access_token"},
+            "invalid_token": {".tag": "invalid_access_token"},
+            "suspended": {".tag": "user_suspended"},
+            "missing_scope": {
+                ".tag": "missing_scope",
+                "required_scope": "files.content.write",
+            },
+        }
+        if fault in ("500", "502", "503"):
+            raise Refused(int(fault), "unavailable")
+        if fault == "html":
+            raise Refused(502, "<html>Bad gateway</html>", content_type="text/html")
+        if fault == "garbage":
+            raise Refused(200, "<html>Welcome</html>", content_type="text/html")
+        if fault == "reset":
+            raise requests.ConnectionError("reset")
+        if fault == "tls":
+            raise requests.exceptions.SSLError("bad record")
+        if fault == "stall":
+            raise requests.ReadTimeout("stalled")
+        if fault in ("429", "too_many_writes"):
+            reason = {".tag": "too_many_requests"} if fault == "429" else busy
+            error = {"reason": reason, "retry_after": value}
+            raise Refused(429, {"error_summary": "..", "error": error}, **later)
+        if fault == "429_text":
+            raise Refused(429, "too_many_requests", **later)
+        if fault in unauthorized:
+            raise Refused(401, {"error_summary": "..", "error": unauthorized[fault]})
+        if fault == "bad_input":
+            raise bad_request("bad input")
+        if fault == "session_lost":
+            finish = route.endswith("finish")
+            raise conflict("lookup_failed/not_found" if finish else "not_found")
+        if fault and "/" in fault:  # the tags of the route's own error
+            if route == "files/upload" and fault.startswith("path/"):
+                raise self.upload_error(conflict(fault[5:]), b"")
+            raise conflict(fault)
+
+    def upload_error(self, refused, data):
+        """A write error as files/upload has it: with a session that holds the data."""
+        session = f"session-{next(self.numbers)}"
+        self.sessions[session] = Session(False, {0: data})
+        reason = refused.body["error"]
+        return conflict(
+            {".tag": "path", "reason": reason, "upload_session_id": session}
+        )
+
+    # Routes
+
+    def find(self, path, error="path"):
+        if path == "" or path == "/":
+            raise bad_request("path: The root folder is unsupported.")
+        if path.startswith("rev:"):
+            entry = self.revisions.get(path[4:])
+        elif self.malformed(path):
+            raise conflict(f"{error}/malformed_path")
+        else:
+            entry = self.entries.get(path.lower())
+        if not entry:
+            raise conflict(f"{error}/not_found")
+        return entry
+
+    def find_file(self, path):
+        entry = self.find(path)
+        if entry.data is None:
+            raise conflict("path/not_file")
+        return entry
+
+    def malformed(self, path):
+        parts = path[1:].split("/")
+        return "\\" in path or any(
+            part in ("", ".", "..")
+            or part.endswith(" ")
+            or "\0" in part
+            or len(part) > 255
+            for part in parts
+        )
+
+    def commit(self, target, data):
+        """Write a file; raises the 409 of a WriteError."""
+        if not target["path"].startswith("/"):
+            raise bad_request(f"path: {target['path']!r} did not match pattern")
+        path = unicodedata.normalize("NFC", target["path"])
+        if self.malformed(path):
+            raise conflict("malformed_path")
+        if path.rpartition("/")[2].lower() in ("desktop.ini", "thumbs.db", ".ds_store"):
+            raise conflict("disallowed_name")
+        *parents, path = itertools.accumulate(path[1:].split("/"), "{}/{}".format)
+        parents, path = [f"/{parent}" for parent in parents], f"/{path}"
+        for parent in parents:
+            if getattr(self.entries.get(parent.lower()), "data", None) is not None:
+                raise conflict("conflict/file_ancestor")
+        mode, strict = target.get("mode", "add"), target.get("strict_conflict")
+        mode = mode if isinstance(mode, dict) else {".tag": mode}
+        found = self.entries.get(path.lower())
+        if found and found.data is None:
+            raise conflict("conflict/folder")
+        if found and found.data == data and not strict:
+            return found.metadata()
+        known = mode[".tag"] == "overwrite" or (
+            found and found.rev == mode.get("update")
+        )
+        if (found and not known) or (not found and "update" in mode and strict):
+            raise conflict("conflict/file")
+        for parent in parents:
+            self.entries.setdefault(parent.lower(), Entry(parent))
+        now = datetime.datetime.now(datetime.timezone.utc)
+        entry = Entry(found.path if found else path, data, f"{next(self.numbers):09x}")
+        entry.modified = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.entries[path.lower()] = self.revisions[entry.rev] = entry
+        return entry.metadata()
+
+    def check_hash(self, argument, body):
+        if len(body) > 150 * MiB:
+            raise conflict("payload_too_large")
+        if argument.get("content_hash", content_hash(body)) != content_hash(body):
+            raise conflict("content_hash_mismatch")
+
+    def files_upload(self, argument, body):
+        self.check_hash(argument, body)
+        try:
+            return self.commit(argument, body)
+        except Refused as refused:
+            if refused.status != 409:
+                raise
+            raise self.upload_error(refused, body) from None
+
+    def files_upload_session_start(self, argument, body):
+        self.check_hash(argument, body)
+        concurrent = argument.get("session_type", {}).get(".tag") == "concurrent"
+        if concurrent and body:
+            raise conflict("concurrent_session_data_not_allowed")
+        session = f"session-{next(self.numbers)}"
+        self.sessions[session] = Session(concurrent, {0: body})
+        return {"session_id": session}
+
+    def append(self, cursor, body, close, error=""):
+        """Add to a session; raises the 409 of an UploadSessionLookupError, in error."""
+        session, offset = self.sessions.get(cursor["session_id"]), cursor["offset"]
+        if not session:
+            raise conflict(f"{error}not_found")
+        length = len(session.data)
+        if not session.concurrent and offset != length:
+            tag = {".tag": "incorrect_offset", "correct_offset": length}
+            raise conflict(
+                {".tag": "lookup_failed", "lookup_failed": tag} if error else tag
+            )
+        if session.concurrent and offset % BLOCK:
+            raise conflict(f"{error}concurrent_session_invalid_offset")
+        if session.concurrent and len(body) % BLOCK and not close:
+            raise conflict(f"{error}concurrent_session_invalid_data_size")
+        if session.end is not None and (body or close):
+            raise conflict(f"{error}closed")
+        if body:
+            session.pieces[offset] = body
+        if close:
+            session.end = offset + len(body)
+        return session
+
+    def files_upload_session_append_v2(self, argument, body):
+        self.check_hash(argument, body)
+        self.append(argument["cursor"], body, argument.get("close"))
+
+    def files_upload_session_finish(self, argument, body):
+        self.check_hash(argument, body)
+        cursor, error = argument["cursor"], "lookup_failed/"
+        session = self.sessions.get(cursor["session_id"])
+        if session and session.concurrent:
+            if body:
+                raise conflict("concurrent_session_data_not_allowed")
+            if session.end is None:
+                raise conflict("concurrent_session_not_closed")
+            if not len(session.data) == session.end == cursor["offset"]:
+                raise conflict("concurrent_session_missing_data")
+        else:
+            session = self.append(cursor, body, False, error)
+        try:
+            metadata = self.commit(argument["commit"], session.data)
+        except Refused as refused:
+            if refused.status != 409:
+                raise
+            raise conflict({".tag": "path", "path": refused.body["error"]}) from None
+        del self.sessions[cursor["session_id"]]
+        return metadata
+
+    def files_download(self, argument):
+        entry = self.find_file(argument["path"])
+        return entry.metadata(), entry.data
+
+    def files_get_metadata(self, argument, body):
+        return self.find(argument["path"]).metadata()
+
+    def files_delete_v2(self, argument, body):
+        entry = self.find(argument["path"], "path_lookup")
+        path = entry.path.lower()
+        for key in [key for key in self.entries if f"{key}/".startswith(f"{path}/")]:
+            del self.entries[key]
+        return {"metadata": entry.metadata()}
+
+    def files_list_folder(self, argument, body):
+        folder, recursive = argument["path"], argument.get("recursive")
+        if folder == "/":
+            raise bad_request('path: Specify the root folder as "" rather than "/".')
+        if folder and self.find(folder).data is not None:
+            raise conflict("path/not_folder")
+        start = f"{folder.lower()}/"
+        found = [
+            self.entries[path].metadata()
+            for path in sorted(self.entries)
+            if path.startswith(start) and (recursive or "/" not in path[len(start) :])
+        ]
+        return self.page(found)
+
+    def files_list_folder_continue(self, argument, body):
+        if argument["cursor"] not in self.cursors:
+            raise conflict("reset")
+        return self.page(self.cursors[argument["cursor"]])
+
+    def page(self, found):
+        cursor, rest = f"cursor-{next(self.numbers)}", found[self.page_size :]
+        self.cursors[cursor] = rest
+        return {
+            "entries": found[: self.page_size],
+            "cursor": cursor,
+            "has_more": bool(rest),
+        }
+
+    def files_get_temporary_link(self, argument, body):
+        entry = self.find_file(argument["path"])
+        link = f"https://content.example/apitl/{next(self.numbers)}"
+        self.links[link] = entry.data
+        return {"metadata": entry.metadata(), "link": link}
+
+    def sharing_create_shared_link_with_settings(self, argument, body):
+        entry = self.find_file(argument["path"])
+        if entry.path.lower() in self.shared:
+            raise conflict("shared_link_already_exists")
+        self.shared.add(entry.path.lower())
+        return self.shared_link(entry)
+
+    def sharing_list_shared_links(self, argument, body):
+        entry = self.find_file(argument["path"])
+        found = [self.shared_link(entry)] if entry.path.lower() in self.shared else []
+        return {"links": found, "has_more": False}
+
+    def shared_link(self, entry):
+        name, key = (
+            entry.path.rpartition("/")[2],
+            content_hash(entry.path.encode())[:15],
+        )
+        can = (
+            "can_revoke",
+            "can_set_expiry",
+            "can_remove_expiry",
+            "can_allow_download",
+        )
+        can += ("allow_download", "can_disallow_download", "allow_comments")
+        permissions = dict.fromkeys((*can, "team_restricts_comments"), False)
+        permissions["visibility_policies"] = []
+        url = f"https://www.dropbox.com/scl/fi/{key}/{name}?rlkey={key[:8]}&dl=0"
+        extra = {".tag": "file", "url": url, "link_permissions": permissions}
+        return {**entry.metadata(), **extra}
+
+
+class FakeDropbox(dropbox.Dropbox):
+    """A real client of the SDK on a fake account, to be assigned to storage.client."""
+
+    def __init__(self, account=None):
+        super().__init__("valid-token")
+        self.account = account or FakeAccount()
+        self._session.mount("https://", self.account)
+
+
+class FakeDropboxTests(unittest.TestCase):
+    """The fake does what Dropbox does, as the SDK sees it."""
+
+    def setUp(self):
+        self.account = FakeAccount(page_size=2)
+        self.client = FakeDropbox(self.account)
+
+    def refusal(self, method, *args, **kwargs):
+        with self.assertRaises(dropbox.exceptions.DropboxException) as caught:
+            getattr(self.client, method)(*args, **kwargs)
+        return str(caught.exception)
+
+    def test_upload_download_and_delete(self):
+        add = dropbox.files.WriteMode.add
+        self.client.files_upload(b"one", "/Dir/a.txt")
+        self.assertEqual(self.client.files_upload(b"one", "/dir/A.txt").name, "a.txt")
+        refused = self.refusal("files_upload", b"two", "/dir/A.txt", add)
+        self.assertIn("WriteConflictError('file', None)", refused)
+        self.assertIn("upload_session_id", refused)
+        self.assertIn("'folder'", self.refusal("files_upload", b"", "/dir"))
+        self.assertIn(
+            "file_ancestor", self.refusal("files_upload", b"", "/dir/a.txt/b")
+        )
+        self.assertIn("malformed", self.refusal("files_upload", b"", "/dir/b "))
+        self.assertIn("disallowed", self.refusal("files_upload", b"", "/Desktop.ini"))
+        metadata, response = self.client.files_download("/dir/a.TXT")
+        self.assertEqual((metadata.size, response.content), (3, b"one"))
+        self.assertEqual(metadata.content_hash, content_hash(b"one"))
+        self.client.files_delete_v2("/DIR")
+        self.assertIn("not_found", self.refusal("files_get_metadata", "/dir/a.txt"))
+        self.assertIn("unsupported", self.refusal("files_get_metadata", "/"))
+
+    def test_ranges_revisions_and_update(self):
+        old = self.client.files_upload(b"0123456789", "/a")
+        self.client._headers = {"Range": "bytes=2-4"}
+        response = self.client.files_download("/a")[1]
+        self.assertEqual((response.status_code, response.content), (206, b"234"))
+        self.assertEqual(response.headers["Content-Range"], "bytes 2-4/10")
+        self.client._headers = None
+        update = dropbox.files.WriteMode.update
+        self.client.files_upload(b"new", "/a", mode=update(old.rev))
+        content = self.client.files_download(f"rev:{old.rev}")[1].content
+        self.assertEqual(content, b"0123456789")
+        refused = self.refusal("files_upload", b"x", "/a", mode=update(old.rev))
+        self.assertIn("'conflict'", refused)
+
+    def test_pages_and_their_end(self):
+        for name in "abcde":
+            self.client.files_upload(b"", f"/{name}/f")
+        page, names = self.client.files_list_folder(""), []
+        while names.extend(entry.name for entry in page.entries) or page.has_more:
+            page = self.client.files_list_folder_continue(page.cursor)
+        self.assertEqual(names, list("abcde"))
+        self.account.cursors.clear()
+        self.assertIn("reset", self.refusal("files_list_folder_continue", page.cursor))
+        self.assertIn(
+            '""', self.refusal("files_list_folder", "/")
+        )
+
+    def test_upload_sessions(self):
+        files, client = dropbox.files, self.client
+        kind = files.UploadSessionType.concurrent
+        session = client.files_upload_session_start(b"", session_type=kind).session_id
+        cursor = files.UploadSessionCursor(session, 5)
+        append = "files_upload_session_append_v2"
+        self.assertIn("invalid_offset", self.refusal(append, b"x", cursor))
+        cursor.offset = BLOCK
+        self.assertIn("invalid_data_size", self.refusal(append, b"x", cursor))
+        client.files_upload_session_append_v2(b"end", cursor, close=True)
+        self.assertIn("closed", self.refusal(append, b"x", cursor, close=True))
+        cursor.offset, commit = BLOCK + 3, files.CommitInfo("/a")
+        finish = "files_upload_session_finish"
+        self.assertIn("missing", self.refusal(finish, b"", cursor, commit))
+        self.account.sessions[session].pieces[0] = bytes(BLOCK)
+        self.assertEqual(
+            client.files_upload_session_finish(b"", cursor, commit).size, cursor.offset
+        )
+        self.assertIn("not_found", self.refusal(finish, b"", cursor, commit))
+        serial = client.files_upload_session_start(b"abc").session_id
+        cursor = files.UploadSessionCursor(serial, 1)
+        self.assertIn("correct_offset=3", self.refusal(append, b"x", cursor))
+
+    def test_faults(self):
+        self.account.fail("files/get_metadata", "missing_scope")
+        self.assertIn("AuthError", self.refusal("files_get_metadata", "/a"))
+        self.assertIn("not_found", self.refusal("files_get_metadata", "/a"))
+        self.account.put("/a", b"0123456789" * 100)
+        self.account.fail("files/download", "truncate")
+        with self.assertRaises((requests.RequestException, AssertionError)):
+            self.assertEqual(len(self.client.files_download("/a")[1].content), 1000)
+        self.assertEqual(self.account.calls["files/get_metadata"], 2)
