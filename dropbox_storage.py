@@ -24,6 +24,7 @@ import datetime
 import errno
 import hashlib
 import io
+import itertools
 import json
 import logging
 import operator
@@ -57,16 +58,16 @@ MiB = 1024 * 1024
 # https://www.dropbox.com/developers/reference/content-hash
 HASH_BLOCK = 4 * MiB
 
-# Bytes of the requests with which a download begins, and of those that follow. The
-# first is there at once, and holds what says how large a picture is; who reads on past
-# the second wants the rest, which four connections at 8 MB/s fetch without a pause.
-FIRST_PARTS = (512 * 1024, 1536 * 1024)
-PART_SIZE = 4 * MiB
+# Bytes that are read from a connection at a time.
+READ_SIZE = 128 * 1024
 
-# Bytes that one read from a connection, or from a file that is read line by line, asks for.
-READ_SIZE = 64 * 1024
+# Bytes after which someone who reads in order is taken to want the rest, and of the
+# blocks in which several connections then fetch it, if there are more than a few left.
+AHEAD_AFTER = 2 * MiB
+AHEAD_BLOCK = 2 * MiB
+AHEAD_LEAST = 6 * MiB
 
-# Idle connections that a client keeps: for eight threads with four transfers each.
+# Idle connections that a client keeps: for several threads with six transfers each.
 POOL_SIZE = 32
 
 # Characters in a name, and names that Dropbox refuses whatever their case.
@@ -139,8 +140,9 @@ class _Option:
         self.name = name
 
     def __get__(self, storage, owner=None):
-        value = getattr(settings, self.setting, self.default) if storage else None
-        return self.clean(value) if storage else self
+        if storage is None:
+            return self
+        return self.clean(getattr(settings, self.setting, self.default))
 
     def clean(self, value):
         try:
@@ -229,17 +231,18 @@ class DropboxStorage(django_storage.Storage):
     # while they run, collectstatic above all: changes made by others go unseen.
     preload_metadata = _Option("DROPBOX_PRELOAD_METADATA", False, _one_of, True, False)
 
-    # Bytes of one request of an upload, rounded up to whole hash blocks, 150 MiB at most;
-    # content up to this size is a single request. 8 MiB spends 95 % of a request on moving
-    # bytes at 8 MB/s and 50 ms latency, yet CONNECTIONS of them take no more than 32 MiB.
-    CHUNK_SIZE = 8 * MiB
-    # Requests in flight for one transfer. Dropbox limits the bandwidth of a connection;
-    # with more than four, an upload meets its locks and rate limits rather than speed.
-    CONNECTIONS = 4
+    # Bytes of one request of an upload, rounded up to whole hash blocks; content of up to
+    # two of them is one request. At 8 MB/s and 50 ms latency 4 MiB spend 90 % of a request
+    # on moving bytes, yet CONNECTIONS of them and the two that wait take only 32 MiB.
+    CHUNK_SIZE = 4 * MiB
+    # Requests in flight for one transfer; Dropbox limits the bandwidth of a connection.
+    CONNECTIONS = 6
     # Attempts of one call, the first included.
     MAX_ATTEMPTS = 6
     # Seconds after a call's first failure in which further attempts may begin.
     MAX_WAIT = 60
+    # Seconds to wait after the first failure, at most; doubled after each that follows.
+    FIRST_WAIT = 0.5
 
     _client = None  # that was assigned
 
@@ -293,11 +296,11 @@ class DropboxStorage(django_storage.Storage):
         Built when it is first used, once per process and again if an option changes;
         may be assigned, to use another one with its own credentials.
         """
-        options = [getattr(self, name) for name in _OPTIONS]
-        with self._process.lock:
-            if self._process.options != options and not self._client:
-                self._process.client, self._process.options = self._connect(), options
-            return self._client or self._process.client
+        options, process = [getattr(self, name) for name in _OPTIONS], self._process
+        with process.lock:
+            if not self._client and process.options != options:
+                process.client, process.options = self._connect(), options
+            return self._client or process.client
 
     @client.setter
     def client(self, client):
@@ -321,7 +324,6 @@ class DropboxStorage(django_storage.Storage):
                 "Dropbox-API-Select-User": self.team_member_id,
             },
             session=dropbox.create_session(max_connections=POOL_SIZE),
-            max_retries_on_error=0,
         )
 
     def _open(self, name, mode="rb"):
@@ -413,6 +415,8 @@ class DropboxStorage(django_storage.Storage):
             return ""
         if f"{clean}/".startswith(("/", "../")):
             raise SuspiciousFileOperation(f"{given!r} leads out of {self.root_path!r}.")
+        if re.search("[\0\ud800-\udfff]", clean):
+            raise SuspiciousFileOperation(f"{given!r} holds NUL or half a character.")
         return clean
 
     @property
@@ -448,22 +452,24 @@ class DropboxStorage(django_storage.Storage):
         listing, parent = [*self._listing().items()], folder.lower() or "/"
         return [entry for path, entry in listing if posixpath.dirname(path) == parent]
 
-    def _list_folder(self, folder, recursive=False, retry=None):
-        retry = retry or _Retry(self)
-        try:
-            page = self._call("files/list_folder", folder, folder, recursive)
-            entries = page.entries
-            while page.has_more:
-                page = self._call("files/list_folder/continue", folder, page.cursor)
+    def _list_folder(self, folder, recursive=False):
+        route, page, entries, left = "files/list_folder", None, [], self.MAX_ATTEMPTS
+        while not page or page.has_more:
+            try:
+                if page:
+                    page = self._call(f"{route}/continue", folder, page.cursor)
+                else:
+                    page, entries = self._call(route, folder, folder, recursive), []
                 entries += page.entries
-        except FileNotFoundError:
-            if folder != self._root:
-                raise
-            entries = []  # nothing has been saved yet
-        except DropboxStorageException as error:
-            if error.reason == "reset" and retry.wait(error):  # the cursor has expired
-                return self._list_folder(folder, recursive, retry)
-            raise
+            except FileNotFoundError:
+                if folder != self._root:
+                    raise
+                return []  # nothing has been saved yet
+            except DropboxStorageException as error:
+                left -= 1
+                if error.reason != "reset" or not left:
+                    raise
+                page = None  # the cursor has expired
         # Later pages also report what has been deleted meanwhile, without an id.
         return [entry for entry in entries if hasattr(entry, "id")]
 
@@ -472,7 +478,7 @@ class DropboxStorage(django_storage.Storage):
         with self._process.lock:
             if self._process.listing is None:
                 entries = self._list_folder(self._root, recursive=True)
-                self._process.listing = {entry.path_lower: entry for entry in entries}
+                self._process.listing = {e.path_display.lower(): e for e in entries}
             return self._process.listing
 
     def _note(self, path, metadata):
@@ -503,66 +509,83 @@ class DropboxStorage(django_storage.Storage):
 
     def _shared_link(self, path):
         """The public link to the file, in the form that leads to its bytes."""
+        route = "sharing/create_shared_link_with_settings"
         try:
-            link = self._call("sharing/create_shared_link_with_settings", path, path)
+            link = self._call(route, path, path)
         except DropboxStorageException as error:
             if not error.reason.startswith("shared_link_already_exists"):
                 raise
-            link = self._call(
-                "sharing/list_shared_links", path, path, None, True
-            ).links[0]
+            route = "sharing/list_shared_links"
+            link = self._call(route, path, path, direct_only=True).links[0]
         return re.sub(r"([?&])dl=\d", r"\1raw=1", link.url)
 
     def _cached(self, method, path, *args):
         """What Django's cache answers of path; one that is down costs a call, no more."""
-        account = self.client._oauth2_refresh_token or self.client._oauth2_access_token
-        space = (self.namespace_id, self.team_member_id, self.shared_links)
-        digest = hashlib.sha256(repr((account, space, path.lower())).encode())
+        client, space = self.client, (self.namespace_id, self.team_member_id)
+        account = client._oauth2_refresh_token or client._oauth2_access_token
+        key = repr((account, space, self.shared_links, path.lower()))
+        key = f"dropbox_storage:{hashlib.sha256(key.encode()).hexdigest()}"
         try:
-            return getattr(cache, method)(
-                f"dropbox_storage:{digest.hexdigest()}", *args
-            )
+            return getattr(cache, method)(key, *args)
         except Exception as error:
             logger.warning("Cannot keep links in the cache: %s.", type(error).__name__)
 
     # The door to Dropbox
 
-    def _call(self, route, path, *args, work=None, retry=None, **kwargs):
+    def _call(self, route, path, *args, work=None, settle=None, **kwargs):
         """What the SDK's method for the route returns for the arguments, or work(client).
 
-        Repeats what may succeed later, as retry allows, and raises what Django expects
-        for the rest; path is what the messages name.
+        The one policy: failures that may pass are repeated, up to MAX_ATTEMPTS and within
+        MAX_WAIT. The rest raise what Django expects, in words that name the path; unless
+        an attempt may have been carried out and only its answer been lost, and
+        settle(reason) finds that it was: then that is returned.
         """
         work = work or operator.methodcaller(route.replace("/", "_"), *args, **kwargs)
-        client, retry, expired = self.client, retry or _Retry(self), None
-        while True:
+        authorized = client = self.client
+        lost, expired, failed_at = False, None, None
+        for attempt in itertools.count(1):
             try:
-                attempt = self._authorized(client, expired)
-                return work(attempt)
+                authorized = self._authorized(client, expired)
+                return work(authorized)
             except Exception as error:
-                if renew := client._oauth2_refresh_token and "expired" in _reason(
-                    error
+                reason, status = _reason(error), _status(error)
+                unanswered = status in (0, 408) or status >= 500
+                lost, failed_at = lost or unanswered, failed_at or time.monotonic()
+                backoff = self.FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1)
+                wait = max(backoff, getattr(error, "backoff", None) or 0)
+                if client._oauth2_refresh_token and "expired_access_token" in reason:
+                    wait, expired = 0, authorized._oauth2_access_token
+                again = unanswered or status == 429 or reason.endswith(BUSY) or not wait
+                waited = time.monotonic() - failed_at
+                if (
+                    again
+                    and attempt < self.MAX_ATTEMPTS
+                    and waited + wait < self.MAX_WAIT
                 ):
-                    expired = attempt._oauth2_access_token
-                if not retry.wait(error, renew):
-                    raise self._failure(error, route, path, retry) from error
+                    time.sleep(wait)
+                    continue
+                if lost and settle and (result := settle(reason)):
+                    return result
+                tried = f"{attempt} times in {waited:.0f} s" if again else "for good"
+                raise self._failure(error, route, path, tried) from error
 
     def _authorized(self, client, expired):
         """A copy of client for one attempt, with a live token.
 
-        The SDK's own retries are off in it: of two policies on top of each other,
-        nobody could say when they end. Nor has the SDK a lock around its refresh.
+        The SDK's own retries are off in it: of two policies on top of each other, nobody
+        could say when they end. Nor has the SDK a lock, by which threads refresh once.
         """
         with self._process.lock:
             if expired and expired == client._oauth2_access_token:
                 client.refresh_access_token(scope=client._scope)
             client.check_and_refresh_access_token()
-        attempt = copy.copy(client)
-        attempt._headers = dict(client._headers or {})
-        attempt.request_json_string_with_retry = attempt.request_json_string
-        return attempt
+            authorized = copy.copy(client)
+        authorized._headers = dict(client._headers or {})
+        authorized._oauth2_refresh_token = None
+        authorized.request_json_string_with_retry = authorized.request_json_string
+        return authorized
 
-    def _failure(self, error, route, path, retry):
+    def _failure(self, error, route, path, tried):
         """What Django expects where the SDK raised error."""
         self._process.listing = None  # it may be what has misled the caller
         reason = _reason(error)
@@ -571,13 +594,13 @@ class DropboxStorage(django_storage.Storage):
                 return _os_error(code, f"{route}: {reason}", path)
         for name in _CREDENTIALS:  # Dropbox repeats a malformed token in its answer
             secret = getattr(self.client, f"_{name}") or "\0"
-            for key, value in vars(error).items():
-                if isinstance(value, str):
-                    setattr(error, key, value.replace(secret, f"<{name}>"))
-        detail = "" if hasattr(error, "error") else getattr(error, "body", error)
-        said = f"{reason} {detail}".strip()[:500]
+            for key, value in [*vars(error).items(), ("args", error.args)]:
+                if secret in str(value):
+                    setattr(error, key, "")
+        body = "" if hasattr(error, "error") else getattr(error, "body", error)
+        said = f"{reason} {body}".strip()[:500]
         hint = next((f" ({hint})" for tag, hint in HINTS.items() if tag in said), "")
-        message = f"{route} of {path!r} failed {retry}: {said}{hint}."
+        message = f"{route} of {path!r} failed {tried}: {said}{hint}."
         return DropboxStorageException(message, reason)
 
 
@@ -600,47 +623,17 @@ class _Folder:
         self.name = posixpath.basename(path)
 
 
-class _Retry:
-    """The one policy by which a call is repeated: how often, when, and for how long."""
-
-    def __init__(self, storage):
-        self._storage, self._failures, self._since = storage, 0, 0.0
-        self.lost = False  # the answer to an attempt that may have been carried out
-
-    def wait(self, error, transient=False):
-        """Sleep until the next attempt; return whether there is to be one at all."""
-        self._failures, self._since = (
-            self._failures + 1,
-            self._since or time.monotonic(),
-        )
-        status = getattr(
-            error, "status_code", 409 if hasattr(error, "request_id") else 0
-        )
-        unanswered = status in (0, 408) or status >= 500
-        self.lost = self.lost or unanswered
-        busy = status == 429 or _reason(error).endswith(BUSY)
-        pause = max(
-            2**self._failures / 8 * random.uniform(1, 2),
-            getattr(error, "backoff", 0) or 0,
-        )
-        late = time.monotonic() + pause > self._since + self._storage.MAX_WAIT
-        if late or self._failures >= self._storage.MAX_ATTEMPTS:
-            return False
-        if again := unanswered or busy or transient:
-            time.sleep(pause)
-        return again
-
-    def __str__(self):
-        return f"{self._failures} times in {time.monotonic() - self._since:.0f} s"
+def _status(error):
+    """The HTTP status of Dropbox's answer, 0 for anything else."""
+    return getattr(error, "status_code", 409 if hasattr(error, "request_id") else 0)
 
 
 def _reason(error):
     """Dropbox's tags, as in "path/conflict/file"; or else the status or the type."""
     tags, value = [], getattr(error, "error", None)
     while value is not None:
-        tags.append(
-            getattr(value, "_tag", None) or getattr(value, "required_scope", None)
-        )
+        scope = getattr(value, "required_scope", None)
+        tags.append(getattr(value, "_tag", None) or scope)
         value = getattr(value, "_value", getattr(value, "reason", None))
     status = f"HTTP {error.status_code}" if hasattr(error, "status_code") else ""
     return "/".join(filter(None, tags)) or status or type(error).__name__
@@ -748,22 +741,19 @@ class _ContentHash:
 
 
 class _Download(io.RawIOBase):
-    """The bytes of a file, from one revision of it, in parts.
+    """The bytes of a file, from one revision of it.
 
-    Opening makes one request, whose reply holds the metadata and the first part. Seeking
+    Opening makes one request, whose reply holds the metadata and begins the file. Seeking
     is free until the next read, which begins a new request if it has to. Who has read
-    FIRST_PARTS in order has the parts that follow fetched ahead.
+    AHEAD_AFTER bytes in order has the rest fetched ahead.
     """
 
     def __init__(self, storage, path):
         self._storage, self._path, self._revision, self.size = storage, path, path, 0
         self._position = self._begin = 0  # of the reader, who may seek, and of _part
-        self._parts, self._part, self._content = self._fetch_all(0), b"", _ContentHash()
-        try:
-            self._load()
-        except DropboxStorageException as error:
-            if error.reason != "HTTP 416":  # an empty file has no range
-                raise
+        self._part, self._content = b"", _ContentHash()
+        self._parts = self._read_parts(0)
+        self._load()
 
     def readable(self):
         return True
@@ -797,7 +787,10 @@ class _Download(io.RawIOBase):
         """Take the next part, or begin anew at the position after a seek or an error."""
         if self._position != self._begin + len(self._part):
             self._parts.close()
-            self._parts, self._content = self._fetch_all(self._position), _ContentHash()
+            self._parts, self._content = (
+                self._read_parts(self._position),
+                _ContentHash(),
+            )
         self._begin, self._part = -1, b""  # in case of an error
         part = next(self._parts)
         self._content.update(part)
@@ -805,53 +798,78 @@ class _Download(io.RawIOBase):
             self._content.check(self._metadata, "files/download", self._path)
         self._begin, self._part = self._position, memoryview(part)
 
-    def _fetch_all(self, start):
-        """The parts from start to the end of the file."""
-        self._abandoned = False
-        for length in FIRST_PARTS:
-            yield self._fetch(start, start + length)
-            start += length
-        connections, ahead = self._storage.CONNECTIONS, []
+    def _read_parts(self, start):
+        """Yield the bytes from start to the end of the file."""
+        ahead_from = start + AHEAD_AFTER
+        with contextlib.closing(self._stream(start)) as stream:
+            for part in stream:
+                yield part
+                start += len(part)
+                if start >= ahead_from and self.size - start > AHEAD_LEAST:
+                    break
+            else:
+                return
+        connections, ahead, self._closing = self._storage.CONNECTIONS, [], False
         with ThreadPoolExecutor(connections, "dropbox_storage") as pool:
             try:
                 while ahead or start < self.size:
                     while start < self.size and len(ahead) < connections:
-                        ahead.append(pool.submit(self._fetch, start, start + PART_SIZE))
-                        start += PART_SIZE
+                        ahead.append(pool.submit(self._fetch, start))
+                        start += AHEAD_BLOCK
                     yield ahead.pop(0).result()
             finally:
-                self._abandoned = True
+                self._closing = True
 
-    def _fetch(self, start, stop):
-        """The bytes from start to stop; an attempt goes on where the last was cut off."""
-        data = io.BytesIO()
+    def _fetch(self, start):
+        stop = min(start + AHEAD_BLOCK, self.size)
+        with contextlib.closing(self._stream(start, stop)) as stream:
+            return b"".join(itertools.takewhile(lambda part: not self._closing, stream))
 
-        def download(client):
-            begin = start + data.tell()
-            client._headers["Range"] = f"bytes={begin}-{stop - 1}"
-            self._metadata, response = client.files_download(self._revision)
-            self.size, self._revision = self._metadata.size, f"rev:{self._metadata.rev}"
-            with response:
-                found = response.headers.get("Content-Range", "bytes 0-")
-                if not found.startswith(f"bytes {begin}-"):
-                    raise OSError(f"asked for bytes {begin} to {stop}, found {found}")
-                for block in response.iter_content(READ_SIZE):
-                    data.write(block)
-                    if self._abandoned:
-                        return b""
-            if start + data.tell() < min(stop, self.size):
-                raise EOFError(f"the reply ended after {data.tell()} bytes")
-            return data.getvalue()
+    def _stream(self, start, stop=None):
+        """Yield the bytes from start to stop; a cut-off reply goes on where it ended."""
+        response, last = None, "" if stop is None else stop - 1
 
-        return self._storage._call("files/download", self._path, work=download)
+        def read(client):
+            nonlocal response
+            try:
+                if not response:
+                    if start or stop:
+                        client._headers["Range"] = f"bytes={start}-{last}"
+                    metadata, response = client.files_download(self._revision)
+                    found = response.headers.get("Content-Range", "bytes 0-")
+                    if not found.startswith(f"bytes {start}-"):
+                        raise OSError(f"asked for bytes from {start}, found {found}")
+                    self._metadata, self.size = metadata, metadata.size
+                    self._revision = f"rev:{metadata.rev}"
+                part = response.raw.read(READ_SIZE)
+                if not part and start < self.size:
+                    raise EOFError(f"the reply ended at byte {start} of {self.size}")
+                return part
+            except BaseException:
+                if response:
+                    response.close()
+                response = None
+                raise
+
+        try:
+            while True:
+                yield (
+                    part := self._storage._call("files/download", self._path, work=read)
+                )
+                start += len(part)
+                if start >= (stop or self.size):
+                    return
+        finally:
+            if response:
+                response.close()
 
 
 class _Upload(io.RawIOBase):
     """Bytes on their way to Dropbox, which become a file when commit() is called.
 
-    Up to one chunk is kept, and sent with the commit. More goes into a concurrent upload
-    session while it is being written, with CONNECTIONS chunks in memory at most. Closing
-    without a commit leaves Dropbox as it was, which drops the session by itself.
+    Up to two chunks are kept, and sent with the commit. What is more goes into a
+    concurrent upload session while it is being written, with CONNECTIONS chunks in flight
+    at most. Closing without a commit leaves Dropbox as it was, which forgets the session.
     """
 
     def __init__(self, storage, path, mode):
@@ -866,7 +884,7 @@ class _Upload(io.RawIOBase):
                 revision = storage._file_metadata(path).rev
                 self._target["mode"] = files.WriteMode.update(revision)
         self._chunk_size = -(-storage.CHUNK_SIZE // HASH_BLOCK) * HASH_BLOCK
-        self._content, self._buffer = _ContentHash(), io.BytesIO()
+        self._content, self._buffer = _ContentHash(), bytearray()
         self._session, self._offset, self._sending = None, 0, []
         self._pool = ThreadPoolExecutor(storage.CONNECTIONS, "dropbox_storage")
 
@@ -878,16 +896,13 @@ class _Upload(io.RawIOBase):
         return True
 
     def write(self, data):
-        with memoryview(data).cast("B") as view:
-            written = 0
-            while written < view.nbytes:
-                if self._buffer.tell() == self._chunk_size:
-                    self._send(self._buffer.getvalue())
-                    self._buffer = io.BytesIO()
-                room = self._chunk_size - self._buffer.tell()
-                written += self._buffer.write(view[written : written + room])
-            self._content.update(view)
-            return written
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), self._chunk_size):
+            piece = view[start : start + self._chunk_size]
+            self._content.update(piece)
+            self._buffer += piece
+            self._send_beyond(2 * self._chunk_size)
+        return len(view)
 
     def commit(self, path):
         """Make what was written the file at path, at once and whole.
@@ -901,81 +916,70 @@ class _Upload(io.RawIOBase):
         except FileExistsError as error:
             if self.mode != "update":
                 raise
-            message = (
-                f"{path!r} has changed since it was looked at; nothing was replaced."
-            )
-            raise DropboxStorageException(
-                message, "path/conflict/file"
-            ) from error.__cause__
+            message = f"{path!r} has changed since it was looked at; it was left alone."
+            raise DropboxStorageException(message, "path/conflict/file") from error
         self._content.check(metadata, "files/upload", path)
         self._storage._note(path, metadata)
 
     def close(self):
-        self._buffer.close()
         self._pool.shutdown(cancel_futures=True)
         super().close()
 
     def _put(self):
-        data = self._buffer.getvalue()
         try:
-            return self._commit("files/upload", data, self.path, **self._target)
+            return self._post(
+                "files/upload",
+                bytes(self._buffer),
+                self.path,
+                settle=self._find,
+                **self._target,
+            )
         except OSError as error:
             # Dropbox has kept the data, in a session that can be finished elsewhere.
             self._session = error.__cause__.error.get_path().upload_session_id
-            self._buffer = io.BytesIO()
+            self._buffer.clear()
             raise
 
     def _finish(self):
-        if rest := self._buffer.getvalue():
-            self._close_session(rest)
-            self._buffer = io.BytesIO()
+        if self._buffer:  # the last chunk closes the session, after all others
+            self._send_beyond(self._chunk_size)
+            for sent in self._sending:
+                sent.result()
+            self._append(self._offset, bytes(self._buffer), close=True)
+            self._buffer.clear()
         cursor = self._files.UploadSessionCursor(self._session, self.size)
         commit = self._files.CommitInfo(self.path, **self._target)
-        return self._commit("files/upload_session/finish", b"", cursor, commit)
+        return self._post(
+            "files/upload_session/finish", b"", cursor, commit, settle=self._find
+        )
 
-    def _close_session(self, rest):
-        """Send whole blocks like the others; when all have arrived, what closes it."""
-        whole = len(rest) - len(rest) % HASH_BLOCK
-        self._send(rest[:whole])
-        for sent in self._sending:
-            sent.result()
-        self._append(self._offset, rest[whole:], close=True)
+    def _find(self, reason):
+        """The metadata of the file at the target, if it is what was to be committed."""
+        with contextlib.suppress(OSError, DropboxStorageException):
+            found = self._storage._call("files/get_metadata", self.path, self.path)
+            self._content.check(found, "files/upload", self.path)
+            return found
 
-    def _commit(self, route, data, *args, **kwargs):
-        """The file's metadata, also if only the answer that held it was lost."""
-        retry = _Retry(self._storage)
-        try:
-            return self._post(route, data, *args, retry=retry, **kwargs)
-        except (OSError, DropboxStorageException):
-            with contextlib.suppress(OSError, DropboxStorageException):
-                if retry.lost:
-                    found = self._storage._call(
-                        "files/get_metadata", self.path, self.path
-                    )
-                    self._content.check(found, route, self.path)
-                    return found
-            raise
-
-    def _send(self, chunk):
-        """Begin to send a chunk of whole hash blocks; wait while there are too many."""
-        if not self._session:
-            kind = self._files.UploadSessionType.concurrent
-            started = self._post("files/upload_session/start", b"", session_type=kind)
-            self._session = started.session_id
-        self._sending.append(self._pool.submit(self._append, self._offset, chunk))
-        self._offset += len(chunk)
-        if len(self._sending) >= self._storage.CONNECTIONS:
-            self._sending.pop(0).result()
+    def _send_beyond(self, kept):
+        """Begin to send chunks until that many bytes are left; wait if it is too many."""
+        while len(self._buffer) > kept:
+            if not self._session:
+                kind = self._files.UploadSessionType.concurrent
+                route = "files/upload_session/start"
+                self._session = self._post(route, b"", session_type=kind).session_id
+            if len(self._sending) == self._storage.CONNECTIONS:
+                self._sending.pop(0).result()
+            chunk = bytes(self._buffer[: self._chunk_size])
+            self._sending.append(self._pool.submit(self._append, self._offset, chunk))
+            self._offset += len(chunk)
+            del self._buffer[: self._chunk_size]
 
     def _append(self, offset, chunk, close=False):
+        # If a lost answer was a success, Dropbox says that the session is closed.
         cursor = self._files.UploadSessionCursor(self._session, offset)
-        retry, route = _Retry(self._storage), "files/upload_session/append_v2"
-        try:
-            self._post(route, chunk, cursor, close, retry=retry)
-        except DropboxStorageException as error:
-            # Dropbox has it: the lost answer said so. If not, the commit is refused.
-            if not (retry.lost and error.reason in ("closed", "incorrect_offset")):
-                raise
+        done = ("closed", "incorrect_offset").__contains__
+        route = "files/upload_session/append_v2"
+        self._post(route, chunk, cursor, close, settle=done)
 
     def _post(self, route, data, *args, **kwargs):
         kwargs["content_hash"] = _ContentHash(data).hexdigest()
