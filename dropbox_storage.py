@@ -901,7 +901,7 @@ class _Upload(io.RawIOBase):
             piece = view[start : start + self._chunk_size]
             self._content.update(piece)
             self._buffer += piece
-            self._send_beyond(2 * self._chunk_size)
+            self._send_beyond(self._chunk_size * (1 if self._session else 2))
         return len(view)
 
     def commit(self, path):
@@ -941,8 +941,8 @@ class _Upload(io.RawIOBase):
             raise
 
     def _finish(self):
-        if self._buffer:  # the last chunk closes the session, after all others
-            self._send_beyond(self._chunk_size)
+        if self._buffer:  # what is no whole block closes the session, after all others
+            self._send_beyond(HASH_BLOCK - 1)
             for sent in self._sending:
                 sent.result()
             self._append(self._offset, bytes(self._buffer), close=True)
@@ -969,10 +969,11 @@ class _Upload(io.RawIOBase):
                 self._session = self._post(route, b"", session_type=kind).session_id
             if len(self._sending) == self._storage.CONNECTIONS:
                 self._sending.pop(0).result()
-            chunk = bytes(self._buffer[: self._chunk_size])
+            whole = len(self._buffer) - len(self._buffer) % HASH_BLOCK
+            chunk = bytes(memoryview(self._buffer)[: min(whole, self._chunk_size)])
             self._sending.append(self._pool.submit(self._append, self._offset, chunk))
             self._offset += len(chunk)
-            del self._buffer[: self._chunk_size]
+            del self._buffer[: len(chunk)]
 
     def _append(self, offset, chunk, close=False):
         # If a lost answer was a success, Dropbox says that the session is closed.
