@@ -28,10 +28,12 @@ import urllib3
 from django.conf import settings
 
 if not settings.configured:
-    settings.configure(USE_TZ=True)
+    settings.configure(SECRET_KEY="for tests")
 
-from django.core.exceptions import ImproperlyConfigured
-from django.core.files.base import ContentFile
+from django.core.cache import cache
+from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
+from django.core.files.base import ContentFile, File
+from django.test import SimpleTestCase, override_settings
 
 # The module beside this one, also where both are copied into another package.
 module_name = pathlib.Path(__file__).stem.replace("test_", "", 1)
@@ -134,9 +136,10 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         return storage
 
     def storage(self, **options):
-        return self.connect(
-            DropboxStorage(**{"oauth2_access_token": "valid-token"} | options)
-        )
+        options = {"oauth2_access_token": "valid-token", **options}
+        storage = DropboxStorage(**options)
+        storage.FIRST_WAIT = 0.001
+        return self.connect(storage)
 
     def put(self, path, data=b""):
         """Write a file as another device would."""
@@ -607,9 +610,7 @@ class FakeDropboxTests(unittest.TestCase):
         self.assertEqual(names, list("abcde"))
         self.account.cursors.clear()
         self.assertIn("reset", self.refusal("files_list_folder_continue", page.cursor))
-        self.assertIn(
-            '""', self.refusal("files_list_folder", "/")
-        )
+        self.assertIn('""', self.refusal("files_list_folder", "/"))
 
     def test_upload_sessions(self):
         files, client = dropbox.files, self.client
@@ -643,3 +644,129 @@ class FakeDropboxTests(unittest.TestCase):
         with self.assertRaises((requests.RequestException, AssertionError)):
             self.assertEqual(len(self.client.files_download("/a")[1].content), 1000)
         self.assertEqual(self.account.calls["files/get_metadata"], 2)
+
+
+# The storage
+
+
+@override_settings(USE_TZ=True)
+class StorageTestCase(SimpleTestCase):
+    """Tests of one storage on one fake account."""
+
+    def setUp(self):
+        cache.clear()
+        self.account = FakeAccount()
+        self.storage = self.account.storage()
+
+    def save(self, name, content=b"", storage=None):
+        return (storage or self.storage).save(name, ContentFile(content))
+
+    def raises(self, error, message):
+        """Expect an error whose whole message is this."""
+        return self.assertRaisesRegex(error, f"^{re.escape(message)}$")
+
+
+class OptionTests(StorageTestCase):
+    settings = {
+        "oauth2_access_token": ("DROPBOX_OAUTH2_TOKEN", "token-1", "token-2", None),
+        "root_path": ("DROPBOX_ROOT_PATH", "/one", "/two", "/"),
+        "timeout": ("DROPBOX_TIMEOUT", 1, 2.5, 100),
+        "write_mode": ("DROPBOX_WRITE_MODE", "update", "overwrite", "add"),
+        "base_url": ("DROPBOX_BASE_URL", "/one/", "/two/", None),
+        "shared_links": ("DROPBOX_SHARED_LINKS", True, False, False),
+        "url_cache_timeout": ("DROPBOX_URL_CACHE_TIMEOUT", 60, 0, 3600),
+        "namespace_id": ("DROPBOX_NAMESPACE_ID", "1", "2", None),
+        "team_member_id": ("DROPBOX_TEAM_MEMBER_ID", "dbmid:1", "dbmid:2", None),
+        "preload_metadata": ("DROPBOX_PRELOAD_METADATA", True, False, False),
+    }
+
+    def test_argument_goes_before_class_attribute_before_setting_before_default(self):
+        for option, (setting, first, second, default) in self.settings.items():
+            with self.subTest(option):
+                subclass = type("Subclass", (DropboxStorage,), {option: first})
+                self.assertEqual(getattr(DropboxStorage(), option), default)
+                with self.settings_changed(setting, second):
+                    self.assertEqual(getattr(DropboxStorage(), option), second)
+                    self.assertEqual(getattr(subclass(), option), first)
+                    argument = subclass(**{option: second})
+                    self.assertEqual(getattr(argument, option), second)
+
+    def settings_changed(self, setting, value):
+        return override_settings(**{setting: value})
+
+    def test_settings_are_read_when_they_are_used(self):
+        storage = DropboxStorage()
+        with override_settings(DROPBOX_ROOT_PATH="/later"):
+            self.assertEqual(storage.root_path, "/later")
+        self.assertEqual(storage.root_path, "/")
+
+    def test_a_refresh_token_needs_key_and_secret_and_the_reverse(self):
+        together = (
+            " not set: oauth2_refresh_token, app_key and app_secret (or their DROPBOX_* "
+            "settings) work together; set all or none."
+        )
+        with self.raises(ImproperlyConfigured, f"app_key and app_secret{together}"):
+            DropboxStorage(oauth2_refresh_token="refresh")
+        with self.raises(ImproperlyConfigured, f"app_secret{together}"):
+            DropboxStorage(oauth2_refresh_token="refresh", app_key="key")
+        with self.raises(ImproperlyConfigured, f"oauth2_refresh_token{together}"):
+            DropboxStorage(app_secret="secret", app_key="key")
+        with override_settings(DROPBOX_OAUTH2_REFRESH_TOKEN="refresh"):
+            with self.raises(ImproperlyConfigured, f"app_key and app_secret{together}"):
+                DropboxStorage("token")
+
+    def test_an_unknown_option_is_named(self):
+        with self.assertRaisesRegex(
+            ImproperlyConfigured, "Unknown option token; there"
+        ):
+            DropboxStorage(token="x")
+
+    def test_bad_values_are_named_with_what_would_do(self):
+        for options, message in {
+            ("root_path", "media"): "a path that begins with '/', such as '/media'",
+            ("root_path", ""): "a path that begins with '/', such as '/'",
+            ("write_mode", "append"): "one of 'add', 'overwrite', 'update'",
+            ("timeout", 0): "None or a number of seconds from 0.001 to 9223372036.0",
+            ("timeout", "9"): "None or a number of seconds from 0.001 to 9223372036.0",
+            ("timeout", True): "None or a number of seconds from 0.001 to 9223372036.0",
+            ("url_cache_timeout", 14401): "None or a number of seconds from 0 to 14400",
+            ("preload_metadata", "yes"): "one of True, False",
+            ("base_url", 7): "a URL such as '/media/', or None",
+            (
+                "namespace_id",
+                42,
+            ): "a string of printable ASCII characters without spaces",
+        }.items():
+            setting, found = self.settings[options[0]][0], repr(options[1])
+            message = f"{options[0]} (or {setting}) must be {message}: found {found}."
+            with self.subTest(options):
+                with self.raises(ImproperlyConfigured, message):
+                    DropboxStorage(**dict([options]))
+                with self.settings_changed(setting, options[1]):
+                    with self.raises(ImproperlyConfigured, message):
+                        DropboxStorage()
+
+    def test_a_bad_credential_is_not_repeated(self):
+        with self.raises(
+            ImproperlyConfigured,
+            "oauth2_access_token (or DROPBOX_OAUTH2_TOKEN) must be a string of printable "
+            "ASCII characters without spaces: found something else.",
+        ):
+            DropboxStorage("se cret\n")
+
+    def test_without_credentials_only_the_first_use_fails(self):
+        with self.raises(
+            ImproperlyConfigured,
+            "No Dropbox credentials: set oauth2_refresh_token, app_key and app_secret, or "
+            "oauth2_access_token, as options or as DROPBOX_* settings.",
+        ):
+            DropboxStorage().exists("a.txt")
+
+    def test_root_path_is_tidied(self):
+        for given, root in {
+            "/a/": "/a",
+            "//a//b/.": "/a/b",
+            "/": "/",
+            "/e\u0301": "/\xe9",
+        }.items():
+            self.assertEqual(DropboxStorage(root_path=given).root_path, root)
