@@ -211,7 +211,7 @@ class DropboxStorage(django_storage.Storage):
     # The folder that holds all files: absolute, within the app's or the account's root.
     root_path = _Option("DROPBOX_ROOT_PATH", "/", _root_path)
     # Seconds without an answer after which a request has failed; None: wait for ever.
-    timeout = _Option("DROPBOX_TIMEOUT", 100, _seconds, 0.001, threading.TIMEOUT_MAX)
+    timeout = _Option("DROPBOX_TIMEOUT", 100, _seconds, 0.001, 86400)
     # What save() does with a name that is taken. "add": saves under another name;
     # "overwrite": replaces the file; "update": replaces it unless it changes meanwhile.
     write_mode = _Option("DROPBOX_WRITE_MODE", "add", _one_of, *WRITE_MODES)

@@ -23,9 +23,12 @@ import unittest
 from urllib.parse import parse_qs, urlsplit
 
 import dropbox
+import hypothesis
 import requests
 import urllib3
 from django.conf import settings
+from hypothesis import given
+from hypothesis import strategies as st
 
 if not settings.configured:
     settings.configure(SECRET_KEY="for tests")
@@ -726,9 +729,9 @@ class OptionTests(StorageTestCase):
             ("root_path", "media"): "a path that begins with '/', such as '/media'",
             ("root_path", ""): "a path that begins with '/', such as '/'",
             ("write_mode", "append"): "one of 'add', 'overwrite', 'update'",
-            ("timeout", 0): "None or a number of seconds from 0.001 to 9223372036.0",
-            ("timeout", "9"): "None or a number of seconds from 0.001 to 9223372036.0",
-            ("timeout", True): "None or a number of seconds from 0.001 to 9223372036.0",
+            ("timeout", 0): "None or a number of seconds from 0.001 to 86400",
+            ("timeout", "9"): "None or a number of seconds from 0.001 to 86400",
+            ("timeout", True): "None or a number of seconds from 0.001 to 86400",
             ("url_cache_timeout", 14401): "None or a number of seconds from 0 to 14400",
             ("preload_metadata", "yes"): "one of True, False",
             ("base_url", 7): "a URL such as '/media/', or None",
@@ -770,3 +773,120 @@ class OptionTests(StorageTestCase):
             "/e\u0301": "/\xe9",
         }.items():
             self.assertEqual(DropboxStorage(root_path=given).root_path, root)
+
+
+NASTY = ("..", ".", "", "a", "\\", "e\u0301", "\xe9", "ß", "x y", "~", "COM1", "...")
+names = st.lists(st.sampled_from(NASTY) | st.text(max_size=5), max_size=5).map("/".join)
+names = names | st.text(max_size=20)
+roots = st.sampled_from(["/", "/root", "/a/b", "/e\u0301"])
+
+
+class NameTests(StorageTestCase):
+    def test_a_name_has_one_form(self):
+        for given, name in {
+            "e\u0301.txt": "\xe9.txt",
+            "dir\\b.txt": "dir/b.txt",
+            pathlib.PurePosixPath("dir/c.txt"): "dir/c.txt",
+            "./dir//x/../d.txt": "dir/d.txt",
+        }.items():
+            with self.subTest(given):
+                self.assertEqual(self.storage._save(given, ContentFile(b"x")), name)
+                self.assertEqual(self.account.files()[f"/{name}"], b"x")
+                self.assertTrue(self.storage.exists(given))
+                self.assertEqual(self.storage.open(given).read(), b"x")
+
+    def test_no_method_leaves_the_root(self):
+        self.account.put("/outside.txt", b"mine")
+        calls = sum(self.account.calls.values())
+        content = ContentFile(b"x")
+        for root, name in itertools.product(
+            ("/", "/root"),
+            (
+                "../outside.txt",
+                "/outside.txt",
+                "a/../../outside.txt",
+                "..",
+                "/root/../a",
+            ),
+        ):
+            storage = self.account.storage(root_path=root)
+            for call in (
+                lambda: storage._save(name, content),
+                lambda: storage.save(name, content),
+                lambda: storage.open(name),
+                lambda: storage.open(name, "wb"),
+                lambda: storage.delete(name),
+                lambda: storage.exists(name),
+                lambda: storage.listdir(name),
+                lambda: storage.size(name),
+                lambda: storage.url(name),
+                lambda: storage.get_modified_time(name),
+                lambda: storage.get_available_name(name),
+            ):
+                with self.subTest(root=root, name=name):
+                    with self.assertRaises(SuspiciousFileOperation):
+                        call()
+        self.assertEqual(sum(self.account.calls.values()), calls)
+
+    def test_the_root_itself_is_neither_deleted_nor_written(self):
+        self.save("a.txt", b"x")
+        for name in (".", "/", "a/..", "./"):
+            with self.subTest(name):
+                with self.assertRaises(IsADirectoryError):
+                    self.storage.delete(name)
+                with self.assertRaises(IsADirectoryError):
+                    self.storage._save(name, ContentFile(b""))
+                with self.assertRaises(IsADirectoryError):
+                    self.storage.open(name)
+        self.assertEqual(self.account.files(), {"/a.txt": b"x"})
+
+    def test_what_no_path_can_hold_is_refused_offline(self):
+        for name in ("a\0b", "a\udc80b"):
+            with self.assertRaisesRegex(SuspiciousFileOperation, "NUL or half"):
+                self.storage.exists(name)
+        self.assertFalse(self.account.calls)
+
+    def test_get_valid_name_mends_what_dropbox_refuses(self):
+        for given, valid in {
+            "desktop.ini": "_desktop.ini",
+            "Thumbs.DB": "_Thumbs.DB",
+            ".dropbox": "_.dropbox",
+            "Icon\r": "Icon",
+            "trailing dots...": "trailing_dots",
+            " spaces ": "spaces",
+            "e\u0301": "\xe9",
+            f"{'x' * 300}.jpeg": f"{'x' * 250}.jpeg",
+            f"x.{'y' * 300}": f"x.{'y' * 253}",
+        }.items():
+            with self.subTest(given):
+                self.assertEqual(self.storage.get_valid_name(given), valid)
+                self.assertEqual(self.save(valid), valid)
+
+    def test_an_alternative_of_a_long_name_fits(self):
+        name = f"{'x' * 250}.jpeg"
+        self.save(name)
+        self.assertEqual(len(self.save(name)), 255)
+
+    @given(name=names, root=roots)
+    @hypothesis.settings(max_examples=200, deadline=None)
+    def test_every_name_stays_below_the_root_or_is_refused(self, name, root):
+        account = FakeAccount()
+        storage = account.storage(root_path=root)
+        try:
+            saved = storage.save(name, ContentFile(b"x"))
+        except (SuspiciousFileOperation, DropboxStorageException, IsADirectoryError):
+            self.assertEqual(account.files(), {})
+        else:
+            path = f"{storage.root_path.rstrip('/')}/{saved}"
+            self.assertEqual(account.files(), {path: b"x"})
+            self.assertTrue(unicodedata.is_normalized("NFC", path))
+            self.assertEqual(storage.open(name).read(), b"x")
+
+    @given(name=st.text(min_size=1).filter(lambda name: name.strip(". \t\r\n")))
+    @hypothesis.settings(max_examples=200, deadline=None)
+    def test_every_valid_name_can_be_saved(self, name):
+        try:
+            valid = self.storage.get_valid_name(name)
+        except SuspiciousFileOperation:
+            return
+        self.assertIn(f"/{self.save(valid)}", self.account.files())
