@@ -15,11 +15,13 @@ import io
 import itertools
 import json
 import pathlib
+import random
 import re
 import sys
 import threading
 import unicodedata
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qs, urlsplit
 
 import dropbox
@@ -36,6 +38,7 @@ if not settings.configured:
 from django.core.cache import cache
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files.base import ContentFile, File
+from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import SimpleTestCase, override_settings
 
 # The module beside this one, also where both are copied into another package.
@@ -890,3 +893,155 @@ class NameTests(StorageTestCase):
         except SuspiciousFileOperation:
             return
         self.assertIn(f"/{self.save(valid)}", self.account.files())
+
+
+class Unsized:
+    """Content that knows no size, has no seek and cannot be read twice."""
+
+    def __init__(self, *chunks):
+        self.left = list(chunks)
+
+    def chunks(self):
+        while self.left:
+            yield self.left.pop(0)
+
+
+class Broken(Unsized):
+    def chunks(self):
+        yield from super().chunks()
+        raise ZeroDivisionError("half way")
+
+
+class SavingTests(StorageTestCase):
+    def test_every_size_around_the_chunks_is_stored_whole(self):
+        chunk = self.storage.CHUNK_SIZE
+        data = random.Random(1).randbytes(3 * chunk + 1)
+        sizes = [n * chunk + d for n in range(4) for d in (-1, 0, 1)][1:]
+        for size in [*sizes, BLOCK // 2, chunk + BLOCK // 2, 2 * chunk + 5]:
+            with self.subTest(size), self.account.counting() as calls:
+                self.assertEqual(self.save("a", data[:size]), "a")
+                self.assertEqual(self.account.files(), {"/a": data[:size]})
+            if size <= 2 * chunk:
+                self.assertEqual(calls["files/upload"], 1)
+                self.assertEqual(sum(calls.values()), 2)  # exists() is the other one
+            self.assertFalse(set(self.account.sessions))
+            self.storage.delete("a")
+
+    def test_a_chunk_size_is_rounded_up_to_whole_hash_blocks(self):
+        self.storage.CHUNK_SIZE = 1
+        data = random.Random(2).randbytes(3 * BLOCK)
+        self.save("a", data)
+        self.assertEqual(self.account.files(), {"/a": data})
+
+    def test_content_of_any_kind(self):
+        middle = ContentFile(b"from the beginning")
+        middle.seek(5)
+        lying = ContentFile(b"longer than it says")
+        lying.size = 3
+        unknown = ContentFile(b"x")
+        unknown.size = None
+        for content, stored in (
+            (ContentFile("t\xe9xt"), "t\xe9xt".encode()),
+            (ContentFile(""), b""),
+            (middle, b"from the beginning"),
+            (lying, b"longer than it says"),
+            (unknown, b"x"),
+            (Unsized(), b""),
+            (Unsized(b""), b""),
+            (
+                Unsized(b"one ", "tw\xf6 ", bytearray(b"three ")),
+                "one tw\xf6 three ".encode(),
+            ),
+            (io.BytesIO(b"raw"), b"raw"),
+            (File(io.StringIO("text"), "x"), b"text"),
+            (SimpleUploadedFile("x", b"upload"), b"upload"),
+        ):
+            with self.subTest(stored):
+                name = self.storage.save("a", content)
+                self.assertEqual(self.account.files()[f"/{name}"], stored)
+
+    def test_content_stays_open(self):
+        content = ContentFile(b"x")
+        self.save("a")
+        self.storage.save("a", content)
+        self.assertFalse(content.closed)
+        self.assertEqual(content.open().read(), b"x")
+
+    def test_content_that_breaks_half_way_is_not_stored(self):
+        self.account.put("/a", b"old")
+        for mode in module.WRITE_MODES:
+            for size in (1, 3 * self.storage.CHUNK_SIZE):
+                storage = self.account.storage(write_mode=mode)
+                with self.subTest(mode=mode, size=size):
+                    with self.assertRaises(ZeroDivisionError):
+                        storage.save("a", Broken(bytes(size)))
+                    self.assertEqual(self.account.files(), {"/a": b"old"})
+
+    def test_a_name_that_gets_taken_meanwhile(self):
+        """As between the check and the write: also by the same bytes, sent only once."""
+        for size in (5, 3 * self.storage.CHUNK_SIZE):
+            data = random.Random(size).randbytes(size)
+            for other in (b"other", data):
+                with self.subTest(size=size, same=other == data):
+                    self.account.entries.clear()
+                    self.account.put("/taken.txt", other)
+                    sent = self.account.bytes_in
+                    name = self.storage._save("taken.txt", ContentFile(data))
+                    self.assertRegex(name, r"^taken_\w{7}\.txt$")
+                    files = {"/taken.txt": other, f"/{name}": data}
+                    self.assertEqual(self.account.files(), files)
+                    self.assertLess(self.account.bytes_in - sent, size + 5000)
+
+    def test_a_folder_that_has_taken_the_name_meanwhile(self):
+        self.account.put("/a/b")
+        self.assertRegex(self.storage._save("a", ContentFile(b"x")), r"^a_\w{7}$")
+        storage = self.account.storage(write_mode="overwrite")
+        with self.assertRaises(IsADirectoryError):
+            storage.save("a", ContentFile(b"x"))
+
+    def test_a_file_where_a_folder_is_needed(self):
+        self.account.put("/a", b"old")
+        with self.assertRaises(NotADirectoryError):
+            self.save("a/b", b"x")
+        self.assertEqual(self.account.files(), {"/a": b"old"})
+
+    def test_many_threads_that_save_one_name_get_a_file_each(self):
+        with ThreadPoolExecutor(8) as pool:
+            saved = [*pool.map(lambda i: (self.save("a", b"%d" % i), i), range(40))]
+        self.assertEqual(self.account.files(), {f"/{n}": b"%d" % i for n, i in saved})
+
+    def test_overwrite_replaces_in_one_call(self):
+        storage = self.account.storage(write_mode="overwrite")
+        self.assertEqual(storage.save("A.txt", ContentFile(b"old")), "A.txt")
+        with self.account.counting() as calls:
+            self.assertEqual(storage.save("A.txt", ContentFile(b"new")), "A.txt")
+        self.assertEqual(calls, {"files/upload": 1})
+        self.assertEqual(self.account.files(), {"/A.txt": b"new"})
+
+    def test_update_replaces_what_it_has_seen_and_nothing_else(self):
+        storage = self.account.storage(write_mode="update")
+        for content in (b"first", b"second"):
+            self.assertEqual(storage.save("a", ContentFile(content)), "a")
+            self.assertEqual(self.account.files(), {"/a": content})
+
+        def changing():
+            yield b"mine"
+            self.account.put("/a", b"theirs")
+
+        content = Unsized()
+        content.chunks = changing
+        with self.raises(
+            DropboxStorageException,
+            "'/a' has changed since it was looked at; it was left alone.",
+        ):
+            storage.save("a", content)
+        self.assertEqual(self.account.files(), {"/a": b"theirs"})
+
+    def test_max_length_truncates_in_every_mode(self):
+        for mode in module.WRITE_MODES:
+            storage = self.account.storage(write_mode=mode)
+            name = storage.save("x" * 30 + ".txt", ContentFile(b""), max_length=20)
+            self.assertEqual(len(name), 20)
+            self.assertTrue(name.endswith(".txt"))
+        with self.assertRaises(SuspiciousFileOperation):
+            storage.save("x" * 30 + ".txt", ContentFile(b""), max_length=5)
