@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import gc
 import hashlib
 import importlib
 import io
@@ -21,6 +22,7 @@ import sys
 import threading
 import unicodedata
 import unittest
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qs, urlsplit
 
@@ -39,6 +41,7 @@ from django.core.cache import cache
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files.base import ContentFile, File
 from django.core.files.uploadedfile import SimpleUploadedFile
+from django.http import FileResponse
 from django.test import SimpleTestCase, override_settings
 
 # The module beside this one, also where both are copied into another package.
@@ -1045,3 +1048,205 @@ class SavingTests(StorageTestCase):
             self.assertTrue(name.endswith(".txt"))
         with self.assertRaises(SuspiciousFileOperation):
             storage.save("x" * 30 + ".txt", ContentFile(b""), max_length=5)
+
+
+class FileTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.account.put("/a.txt", b"one\ntw\xc3\xb6\r\nthree")
+        self.big = random.Random(3).randbytes(20 * MiB + 5)
+
+    def test_a_file_reads_like_a_local_one(self):
+        with self.account.counting() as calls, self.storage.open("a.txt") as file:
+            self.assertEqual(file.name, "a.txt")
+            self.assertEqual(file.mode, "rb")
+            self.assertEqual((file.size, len(file), bool(file)), (15, 15, True))
+            self.assertEqual(repr(file), "<DropboxFile: a.txt>")
+            self.assertFalse(file.closed)
+            self.assertTrue(file.readable() and file.seekable())
+            self.assertFalse(file.writable())
+            self.assertEqual(file.read(2), b"on")
+            self.assertEqual(file.tell(), 2)
+            self.assertEqual(file.readline(), b"e\n")
+            self.assertEqual(file.seek(-5, io.SEEK_END), 10)
+            self.assertEqual(file.read(), b"three")
+            self.assertEqual(file.read(), b"")
+            self.assertEqual([*file.chunks(4)][-1], b"ree")
+            file.seek(0)
+            self.assertEqual(file.readlines()[0], b"one\n")
+            self.assertEqual([*file][1], b"tw\xc3\xb6\r\n")
+            file.seek(100)
+            self.assertEqual(file.read(), b"")
+            with self.assertRaises(OSError):
+                file.seek(-1)
+            with self.assertRaises(io.UnsupportedOperation):
+                file.write(b"x")
+        self.assertTrue(file.closed)
+        self.assertEqual(calls, {"files/download": 1})
+
+    def test_text_is_utf_8(self):
+        with self.storage.open("a.txt", "r") as file:
+            self.assertEqual(file.read(), "one\ntw\xf6\nthree")
+        with self.storage.open("new.txt", "w") as file:
+            file.write("tw\xf6\n")
+        self.assertEqual(self.account.files()["/new.txt"], b"tw\xc3\xb6\n")
+
+    def test_other_modes_are_refused(self):
+        for mode in ("a", "ab", "r+", "rb+", "w+b", "rt", "br", "", "U"):
+            message = f"mode must be r, rb, w, wb, x or xb: found {mode!r}."
+            with self.raises(ValueError, message):
+                self.storage.open("a.txt", mode)
+
+    def test_open_itself_reports_what_cannot_be_opened(self):
+        self.account.put("/dir/b")
+        for mode in ("r", "rb"):
+            with self.assertRaises(FileNotFoundError):
+                self.storage.open("missing", mode)
+            with self.assertRaises(IsADirectoryError):
+                self.storage.open("dir", mode)
+        for mode in ("x", "xb"):
+            with self.assertRaises(FileExistsError):
+                self.storage.open("a.txt", mode)
+
+    def test_a_file_can_be_opened_again(self):
+        file = self.storage.open("a.txt")
+        self.assertEqual(file.read(3), b"one")
+        self.assertIs(file.open(), file)
+        self.assertEqual(file.read(3), b"one")
+        file.close()
+        with self.assertRaises(ValueError):
+            file.read()
+        self.assertEqual(file.open().read(3), b"one")
+        self.assertEqual(file.open("r").read(3), "one")
+        with file.open("wb"):
+            file.write(b"new")
+        self.assertEqual(self.account.files()["/a.txt"], b"new")
+        self.assertEqual(file.open("rb").read(), b"new")
+
+    def test_one_version_of_a_file_per_open(self):
+        self.account.put("/big", self.big)
+        for first in (5, 3 * MiB):
+            with self.storage.open("big") as file:
+                head = file.read(first)
+                self.account.put("/big", b"new")
+                self.assertEqual(file.size, len(self.big))
+                self.assertTrue(head + file.read() == self.big)
+            self.account.put("/big", self.big)
+
+    def test_seeking_anywhere_in_a_large_file(self):
+        self.account.put("/big", self.big)
+        rand = random.Random(4)
+        with self.storage.open("big") as file:
+            for _ in range(50):
+                start, size = rand.randrange(len(self.big)), rand.randrange(MiB)
+                file.seek(start)
+                self.assertTrue(file.read(size) == self.big[start : start + size])
+            file.seek(0)
+            self.assertTrue(file.read() == self.big)
+
+    def test_reading_on_is_fetched_ahead_on_several_connections(self):
+        self.account.put("/big", self.big)
+        with self.account.counting() as calls, self.storage.open("big") as file:
+            self.assertTrue(b"".join(file.chunks()) == self.big)
+        self.assertLessEqual(self.account.most_in_flight, self.storage.CONNECTIONS)
+        self.assertGreater(calls["files/download"], 5)
+        self.account.put("/small", self.big[: 8 * MiB])
+        with self.account.counting() as calls, self.storage.open("small") as file:
+            self.assertTrue(file.read() == self.big[: 8 * MiB])
+        self.assertEqual(calls, {"files/download": 1})
+
+    def test_writing_becomes_visible_when_closed_and_not_before(self):
+        for mode in ("w", "wb"):
+            text = "b" not in mode
+            self.account.put("/a.txt", b"old")
+            file = self.storage.open("a.txt", mode)
+            self.assertEqual(file.write("new" if text else b"new"), 3)
+            self.assertEqual(self.account.files(), {"/a.txt": b"old"})
+            file.close()
+            file.close()
+            self.assertTrue(file.closed)
+            self.assertEqual(self.account.files(), {"/a.txt": b"new"})
+
+    def test_an_exception_in_the_block_drops_what_was_written(self):
+        for mode in ("w", "wb", "x", "xb"):
+            name = "a.txt" if "w" in mode else "b.txt"
+            before = self.account.files()
+            with self.assertRaises(ZeroDivisionError):
+                with self.storage.open(name, mode) as file:
+                    file.write("half" if "b" not in mode else b"half")
+                    raise ZeroDivisionError
+            self.assertTrue(file.closed)
+            file = self.storage.open(name, mode)  # and is never closed
+            file.write("half" if "b" not in mode else b"half")
+            del file
+            gc.collect()
+            self.assertEqual(self.account.files(), before)
+
+    def test_writing_nothing_makes_an_empty_file(self):
+        self.storage.open("empty", "wb").close()
+        self.assertEqual(self.account.files()["/empty"], b"")
+
+    def test_writing_much_goes_up_in_chunks(self):
+        with self.storage.open("big", "wb") as file:
+            for start in range(0, len(self.big), 100_000):
+                file.write(self.big[start : start + 100_000])
+            self.assertEqual(file.size, len(self.big))
+        self.assertTrue(self.account.files()["/big"] == self.big)
+        self.assertEqual(self.account.calls["files/upload_session/finish"], 1)
+
+    def test_exclusive_creation_holds_until_it_is_closed(self):
+        with self.assertRaises(FileExistsError), self.storage.open("new", "xb") as file:
+            file.write(b"mine")
+            self.account.put("/new", b"theirs")
+        self.assertEqual(self.account.files()["/new"], b"theirs")
+        with self.storage.open("free", "x") as file:
+            file.write("mine")
+        self.assertEqual(self.account.files()["/free"], b"mine")
+
+    def test_update_mode_holds_for_open_too(self):
+        storage = self.account.storage(write_mode="update")
+        with self.assertRaises(DropboxStorageException):
+            with storage.open("a.txt", "wb") as file:
+                file.write(b"mine")
+                self.account.put("/a.txt", b"theirs")
+        self.assertEqual(self.account.files(), {"/a.txt": b"theirs"})
+
+    def test_a_zip_is_read_from_its_directory(self):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("large", self.big)
+            archive.writestr("small.txt", b"found")
+        self.account.put("/a.zip", packed.getvalue())
+        sent = self.account.bytes_out
+        with self.storage.open("a.zip") as file, zipfile.ZipFile(file) as archive:
+            self.assertEqual(archive.namelist(), ["large", "small.txt"])
+            self.assertEqual(archive.read("small.txt"), b"found")
+            self.assertTrue(archive.read("large") == self.big)
+        with (
+            self.storage.open("b.zip", "wb") as file,
+            zipfile.ZipFile(file, "w") as made,
+        ):
+            made.writestr("small.txt", b"found")
+        with self.storage.open("b.zip") as file, zipfile.ZipFile(file) as archive:
+            self.assertEqual(archive.read("small.txt"), b"found")
+        self.assertLess(self.account.bytes_out - sent, 100 * MiB)
+
+    def test_a_file_response_knows_its_length_without_another_call(self):
+        with self.account.counting() as calls:
+            response = FileResponse(self.storage.open("a.txt"))
+            self.assertEqual(response["Content-Length"], "15")
+            content = b"".join(response.streaming_content)
+            response.close()
+        self.assertEqual(content, b"one\ntw\xc3\xb6\r\nthree")
+        self.assertEqual(calls, {"files/download": 1})
+
+    def test_no_thread_or_connection_is_left_behind(self):
+        self.account.put("/big", self.big)
+        threads = threading.active_count()
+        with self.storage.open("big") as file:
+            file.read(5 * MiB)
+        with self.storage.open("big", "wb") as file:
+            file.write(self.big)
+        with self.assertRaises(ZeroDivisionError):
+            self.storage.save("new", Broken(self.big))
+        self.assertEqual(threading.active_count(), threads)
