@@ -695,14 +695,14 @@ class DropboxFile(File):
 
     def close(self):
         try:
-            if not self.closed and self.writable():
+            if self.writable():
                 self.file.flush()
                 self._stream.commit(self._stream.path)
         finally:
-            self._stream.close()
+            self.file.close()
 
     def __exit__(self, exc_type, exc_value, traceback):
-        if exc_type:
+        if exc_type and self.writable():
             self._stream.close()  # half of a file must not replace the old one
         self.close()
 
