@@ -324,7 +324,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         if fault == "session_lost":
             finish = route.endswith("finish")
             raise conflict("lookup_failed/not_found" if finish else "not_found")
-        if fault and "/" in fault:  # the tags of the route's own error
+        if fault and fault.startswith("/"):  # the tags of the route's own error
+            fault = fault[1:]
             if route == "files/upload" and fault.startswith("path/"):
                 raise self.upload_error(conflict(fault[5:]), b"")
             raise conflict(fault)
@@ -1248,3 +1249,121 @@ class FileTests(StorageTestCase):
         with self.assertRaises(ZeroDivisionError):
             self.storage.save("new", Broken(self.big))
         self.assertEqual(threading.active_count(), threads)
+
+
+class LookingTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.account.put("/a.txt", b"12345")
+        self.account.put("/dir/Sub/b.txt", b"x")
+
+    def test_exists(self):
+        for name, there in {
+            "a.txt": True,
+            "A.TXT": True,
+            "dir": True,
+            "dir/sub/b.txt": True,
+            "": True,
+            ".": True,
+            "b.txt": False,
+            "dir/b.txt": False,
+            "a.txt/b": False,
+        }.items():
+            self.assertIs(self.storage.exists(name), there, name)
+
+    def test_exists_raises_when_it_cannot_know(self):
+        for fault in ("invalid_token", "bad_input", "/path/restricted_content"):
+            self.account.fail("files/get_metadata", fault)
+            with self.assertRaises(DropboxStorageException):
+                self.storage.exists("a.txt")
+            self.account.faults.clear()
+
+    def test_listdir(self):
+        for path in ("", ".", "/", pathlib.Path("")):
+            self.assertEqual(self.storage.listdir(path), (["dir"], ["a.txt"]))
+        self.assertEqual(self.storage.listdir("dir"), (["Sub"], []))
+        self.assertEqual(self.storage.listdir("DIR/sub/"), ([], ["b.txt"]))
+        with self.assertRaises(FileNotFoundError):
+            self.storage.listdir("missing")
+        with self.assertRaises(NotADirectoryError):
+            self.storage.listdir("a.txt")
+
+    def test_listdir_follows_every_page(self):
+        self.account.page_size = 3
+        for i in range(10):
+            self.account.put(f"/many/{i}")
+        names = [str(i) for i in range(10)]
+        with self.account.counting() as calls:
+            self.assertEqual(self.storage.listdir("many"), ([], names))
+        paged = {"files/list_folder": 1, "files/list_folder/continue": 3}
+        self.assertEqual(calls, paged)
+        self.account.fail("files/list_folder/continue", "/reset", nth=2)
+        self.assertEqual(self.storage.listdir("many"), ([], names))
+        self.account.fail("files/list_folder/continue", "/reset", times=999)
+        with self.assertRaises(DropboxStorageException):
+            self.storage.listdir("many")
+
+    def test_a_listing_that_expires_begins_again(self):
+        self.account.page_size = 3
+        for i in range(10):
+            self.account.put(f"/many/{i}")
+        self.account.fail("files/list_folder/continue", "/reset", nth=3)
+        names = [str(i) for i in range(10)]
+        self.assertEqual(self.storage.listdir("many"), ([], names))
+
+    def test_a_root_that_does_not_exist_yet_is_empty(self):
+        storage = self.account.storage(root_path="/new")
+        self.assertEqual(storage.listdir(""), ([], []))
+        self.assertEqual(FakeAccount().storage().listdir(""), ([], []))
+        self.assertFalse(storage.exists("a.txt"))
+        self.save("a.txt", b"x", storage)
+        self.assertEqual(storage.listdir(""), ([], ["a.txt"]))
+
+    def test_size_and_time_are_those_of_files(self):
+        self.assertEqual(self.storage.size("a.txt"), 5)
+        for look in (self.storage.size, self.storage.get_modified_time):
+            with self.assertRaises(FileNotFoundError):
+                look("missing")
+            with self.assertRaises(IsADirectoryError):
+                look("dir")
+            with self.assertRaises(IsADirectoryError):
+                look("")
+
+    def test_modified_time_is_aware_if_use_tz(self):
+        self.account.entries["/a.txt"].modified = "2024-07-01T12:00:00Z"
+        aware = self.storage.get_modified_time("a.txt")
+        utc = datetime.timezone.utc
+        self.assertEqual(aware, datetime.datetime(2024, 7, 1, 12, tzinfo=utc))
+        self.assertEqual(aware.utcoffset(), datetime.timedelta())
+        with override_settings(USE_TZ=False):
+            naive = self.storage.get_modified_time("a.txt")
+        self.assertIsNone(naive.tzinfo)
+        self.assertEqual(naive.timestamp(), aware.timestamp())
+
+    def test_what_dropbox_does_not_know_is_not_implemented(self):
+        for method in ("path", "get_accessed_time", "get_created_time"):
+            with self.assertRaises(NotImplementedError):
+                getattr(self.storage, method)("a.txt")
+
+    def test_delete(self):
+        self.storage.delete("A.txt")
+        self.storage.delete("a.txt")
+        self.assertEqual(self.account.files(), {"/dir/Sub/b.txt": b"x"})
+        self.storage.delete("dir")
+        self.assertEqual(self.account.entries, {})
+        for name in ("", None):
+            with self.raises(ValueError, "The name must be given to delete()."):
+                self.storage.delete(name)
+
+    def test_each_look_is_one_call(self):
+        for look, route in (
+            (lambda: self.storage.exists("a.txt"), "files/get_metadata"),
+            (lambda: self.storage.size("a.txt"), "files/get_metadata"),
+            (lambda: self.storage.get_modified_time("a.txt"), "files/get_metadata"),
+            (lambda: self.storage.listdir("dir"), "files/list_folder"),
+            (lambda: self.storage.url("a.txt"), "files/get_temporary_link"),
+            (lambda: self.storage.delete("a.txt"), "files/delete_v2"),
+        ):
+            with self.account.counting() as calls:
+                look()
+            self.assertEqual(calls, {route: 1})
