@@ -324,6 +324,8 @@ class DropboxStorage(django_storage.Storage):
                 "Dropbox-API-Select-User": self.team_member_id,
             },
             session=dropbox.create_session(max_connections=POOL_SIZE),
+            max_retries_on_error=0,
+            max_retries_on_rate_limit=0,
         )
 
     def _open(self, name, mode="rb"):

@@ -7,6 +7,7 @@ python test_dropbox_storage.py demo FILE...
 import base64
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import gc
@@ -15,17 +16,22 @@ import importlib
 import io
 import itertools
 import json
+import os
 import pathlib
+import pickle
 import random
 import re
+import subprocess
 import sys
 import threading
 import unicodedata
 import unittest
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qs, urlsplit
 
+import django
 import dropbox
 import hypothesis
 import requests
@@ -43,6 +49,7 @@ from django.core.files.base import ContentFile, File
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.http import FileResponse
 from django.test import SimpleTestCase, override_settings
+from django.utils.module_loading import import_string
 
 # The module beside this one, also where both are copied into another package.
 module_name = pathlib.Path(__file__).stem.replace("test_", "", 1)
@@ -184,6 +191,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         with self.lock:
             self.calls[route] += 1
             self.timeouts.add(timeout)
+            self.last_headers = request.headers
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             self.bytes_in += len(request.body or b"")
@@ -1230,6 +1238,7 @@ class FileTests(StorageTestCase):
         with self.storage.open("b.zip") as file, zipfile.ZipFile(file) as archive:
             self.assertEqual(archive.read("small.txt"), b"found")
 
+    @unittest.skipIf(django.VERSION < (4, 0), "Django 3.2 has no length for such files")
     def test_a_file_response_knows_its_length_without_another_call(self):
         with self.account.counting() as calls:
             response = FileResponse(self.storage.open("a.txt"))
@@ -1367,3 +1376,191 @@ class LookingTests(StorageTestCase):
             with self.account.counting() as calls:
                 look()
             self.assertEqual(calls, {route: 1})
+
+
+REFRESHING = {
+    "oauth2_refresh_token": "valid-refresh-token",
+    "app_key": "app-key",
+    "app_secret": "app-secret",
+}
+
+
+class CallableStorage(DropboxStorage):
+    root_path = "/callable"
+
+
+def get_storage():
+    return CallableStorage()
+
+
+class ConfigurationTests(StorageTestCase):
+    backend = f"{module.__name__}.DropboxStorage"
+
+    @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
+    def test_storages_setting(self):
+        from django.core.files.storage import storages
+
+        options = {"oauth2_access_token": "valid-token", "root_path": "/remote"}
+        remote = {"BACKEND": self.backend, "OPTIONS": options}
+        with override_settings(STORAGES={**settings.STORAGES, "remote": remote}):
+            storage = self.account.connect(storages["remote"])
+            self.save("a.txt", b"x", storage)
+        self.assertEqual(self.account.files(), {"/remote/a.txt": b"x"})
+
+    def test_settings_alone_suffice(self):
+        """As for DEFAULT_FILE_STORAGE, which builds the storage without arguments."""
+        with override_settings(
+            DROPBOX_OAUTH2_TOKEN="valid-token", DROPBOX_ROOT_PATH="/set"
+        ):
+            storage = self.account.connect(import_string(self.backend)())
+            self.save("a.txt", b"x", storage)
+        self.assertEqual(self.account.files(), {"/set/a.txt": b"x"})
+
+    def test_class_attributes_of_a_subclass_suffice(self):
+        attributes = {"oauth2_access_token": "valid-token", "root_path": "/sub"}
+        storage = type("Media", (DropboxStorage,), attributes)()
+        self.save("a.txt", b"x", self.account.connect(storage))
+        self.assertEqual(self.account.files(), {"/sub/a.txt": b"x"})
+
+    def test_bad_class_attributes_are_refused(self):
+        with self.assertRaisesRegex(ImproperlyConfigured, "found 'media'"):
+            type("Media", (DropboxStorage,), {"root_path": "media"})()
+
+    def test_namespace(self):
+        storage = self.account.storage(namespace_id="42", root_path="/r")
+        self.save("a.txt", b"x", storage)
+        self.assertEqual(self.account.files(), {"/team/r/a.txt": b"x"})
+        self.assertEqual(storage.open("a.txt").read(), b"x")
+        with self.assertRaisesRegex(DropboxStorageException, "namespace_id"):
+            self.account.storage(namespace_id="7").exists("a.txt")
+
+    def test_team_member(self):
+        storage = self.account.storage(team_member_id="dbmid:1")
+        storage.exists("a.txt")
+        self.assertEqual(
+            self.account.last_headers["Dropbox-API-Select-User"], "dbmid:1"
+        )
+        self.storage.exists("a.txt")
+        self.assertNotIn("Dropbox-API-Select-User", self.account.last_headers)
+
+    def test_timeout_holds_for_every_request(self):
+        storage = self.account.storage(timeout=7, **REFRESHING)
+        self.save("big", bytes(9 * MiB), storage)
+        storage.open("big").read()
+        storage.listdir("")
+        storage.delete(storage.save("a.txt", ContentFile(b"")))
+        self.assertIn("oauth2/token", self.account.calls)
+        self.assertEqual(self.account.timeouts, {7})
+
+    def test_a_changed_option_makes_a_new_client(self):
+        storage = DropboxStorage()
+        with override_settings(DROPBOX_OAUTH2_TOKEN="one"):
+            first = storage.client
+            self.assertIs(storage.client, first)
+        with override_settings(DROPBOX_OAUTH2_TOKEN="two"):
+            self.assertIsNot(storage.client, first)
+
+    def test_an_assigned_client_is_used_with_its_own_credentials(self):
+        storage = DropboxStorage()
+        storage.client = FakeDropbox(self.account)
+        self.save("a.txt", b"x", storage)
+        self.assertEqual(self.account.files(), {"/a.txt": b"x"})
+
+    def test_copies_and_pickles_build_their_own_client(self):
+        storage = self.account.storage(root_path="/r")
+        for copied in (copy.deepcopy(storage), pickle.loads(pickle.dumps(storage))):
+            self.assertEqual(copied, storage)
+            self.assertIsNot(copied.client, storage.client)
+            name = self.save("a.txt", b"x", self.account.connect(copied))
+            self.assertIn(f"/r/{name}", self.account.files())
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_forked_process_builds_its_own_client(self):
+        self.storage.exists("a.txt")
+        parent = id(self.storage.client)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
+            child = os.fork()
+        if not child:
+            status = 1
+            with contextlib.suppress(BaseException):
+                self.account.connect(self.storage).exists("a.txt")
+                status = int(id(self.storage.client) == parent)
+            os._exit(status)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertEqual(id(self.storage.client), parent)
+
+    def test_the_sdk_is_not_imported_with_the_module(self):
+        code = (
+            "from django.conf import settings; settings.configure(); import sys\n"
+            f"from {module.__name__} import DropboxStorage; DropboxStorage('token')\n"
+            "assert 'dropbox' not in sys.modules and 'requests' not in sys.modules\n"
+        )
+        folder = (
+            pathlib.Path(module.__file__).resolve().parents[module.__name__.count(".")]
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, check=False)
+        self.assertEqual(done.returncode, 0)
+
+
+class TokenTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.storage = self.account.storage(oauth2_access_token=None, **REFRESHING)
+
+    def test_threads_refresh_once(self):
+        for _ in range(2):
+            with self.account.counting() as calls, ThreadPoolExecutor(8) as pool:
+                for saved in pool.map(self.save, map(str, range(8))):
+                    self.assertTrue(saved)
+            self.assertEqual(calls["oauth2/token"], 1)
+            self.account.expire_tokens()
+
+    def test_a_token_that_expires_in_the_middle_is_refreshed_once(self):
+        self.account.fail(
+            "files/upload_session/append_v2", "expired_token", nth=2, times=2
+        )
+        data = random.Random(5).randbytes(30 * MiB)
+        self.save("a", data)
+        self.assertTrue(self.account.files()["/a"] == data)
+        self.account.expire_tokens()
+        with self.account.counting() as calls, self.storage.open("a") as file:
+            self.assertTrue(file.read() == data)
+        self.assertEqual(calls["oauth2/token"], 1)
+
+    def test_faults_of_the_token_endpoint_are_survived(self):
+        for fault in ("500", "503", "429", "429_text", "reset", "stall", "tls", "html"):
+            with self.subTest(fault):
+                storage = copy.deepcopy(self.storage)
+                self.account.connect(storage)
+                self.account.fail("oauth2/token", fault, times=3)
+                self.assertFalse(storage.exists("a"))
+                self.account.faults.clear()
+
+    def test_what_cannot_be_refreshed_says_why(self):
+        for options, reason in {
+            ("oauth2_refresh_token", "revoked"): "invalid_access_token (it is wrong or "
+            "revoked; authorize the app again)",
+            ("app_secret", "wrong"): "invalid_client",
+        }.items():
+            storage = DropboxStorage(**{**REFRESHING, **dict([options])})
+            with self.assertRaisesRegex(DropboxStorageException, re.escape(reason)):
+                self.account.connect(storage).exists("a")
+
+    def test_a_short_lived_token_warns_once_and_its_expiry_is_explained(self):
+        self.account.tokens.add("sl.short")
+        advice = "'sl.' tokens live four hours; set oauth2_refresh_token"
+        storage = DropboxStorage("sl.short")
+        with self.assertLogs("dropbox_storage", "WARNING") as logs:
+            self.account.connect(storage)
+            storage.exists("a")
+            storage.exists("a")
+        output = [f"WARNING:dropbox_storage:oauth2_access_token: {advice}."]
+        self.assertEqual(logs.output, output)
+        self.account.expire_tokens()
+        with self.raises(
+            DropboxStorageException,
+            "files/get_metadata of '/a' failed for good: expired_access_token "
+            f"({advice}).",
+        ):
+            storage.exists("a")
