@@ -568,7 +568,8 @@ class DropboxStorage(django_storage.Storage):
                     continue
                 if lost and settle and (result := settle(reason)):
                     return result
-                tried = f"{attempt} times in {waited:.0f} s" if again else "for good"
+                pauses = f"{attempt} attempts, {waited:.0f} s, next after {wait:.0f} s"
+                tried = f" ({pauses})" if again else ""
                 raise self._failure(error, route, path, tried) from error
 
     def _authorized(self, client, expired):
@@ -602,7 +603,7 @@ class DropboxStorage(django_storage.Storage):
         body = "" if hasattr(error, "error") else getattr(error, "body", error)
         said = f"{reason} {body}".strip()[:500]
         hint = next((f" ({hint})" for tag, hint in HINTS.items() if tag in said), "")
-        message = f"{route} of {path!r} failed {tried}: {said}{hint}."
+        message = f"{route} of {path!r} failed{tried}: {said}{hint}."
         return DropboxStorageException(message, reason)
 
 

@@ -16,6 +16,7 @@ import importlib
 import io
 import itertools
 import json
+import logging
 import os
 import pathlib
 import pickle
@@ -24,6 +25,8 @@ import re
 import subprocess
 import sys
 import threading
+import time
+import traceback
 import unicodedata
 import unittest
 import warnings
@@ -46,7 +49,10 @@ if not settings.configured:
 from django.core.cache import cache
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files.base import ContentFile, File
+from django.core.files.storage import default_storage
 from django.core.files.uploadedfile import SimpleUploadedFile
+from django.db import models
+from django.db.migrations.writer import MigrationWriter
 from django.http import FileResponse
 from django.test import SimpleTestCase, override_settings
 from django.utils.module_loading import import_string
@@ -138,6 +144,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         self.entries, self.revisions, self.sessions = {}, {}, {}
         self.cursors, self.links, self.shared = {}, {}, set()
         self.calls, self.timeouts, self.faults = collections.Counter(), set(), []
+        self.refused = None
         self.in_flight = self.most_in_flight = self.bytes_in = self.bytes_out = 0
         self.numbers = itertools.count(1)
         self.tokens, self.expired = {"valid-token"}, set()
@@ -220,6 +227,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
     def answer(self, route, request, fault, value):
         """The status, the headers and the body of Dropbox's answer."""
         self.fail_before(route, fault, value)
+        if self.refused:
+            raise self.refused
         if route == "oauth2/token":
             return 200, {}, self.token(parse_qs(request.body))
         handler = getattr(self, route.replace("/", "_"), None)
@@ -1560,7 +1569,245 @@ class TokenTests(StorageTestCase):
         self.account.expire_tokens()
         with self.raises(
             DropboxStorageException,
-            "files/get_metadata of '/a' failed for good: expired_access_token "
-            f"({advice}).",
+            f"files/get_metadata of '/a' failed: expired_access_token ({advice}).",
         ):
             storage.exists("a")
+
+
+class SecretTests(StorageTestCase):
+    secrets = {
+        "oauth2_access_token": "sl.hidden-access",
+        "oauth2_refresh_token": "hidden-refresh",
+        "app_key": "hidden-key",
+        "app_secret": "hidden-secret",
+    }
+
+    def migration(self, storage):
+        field = models.FileField(storage=storage)
+        return MigrationWriter.serialize(field)[0]
+
+    def test_a_migration_holds_no_secret_and_can_be_imported_without_any(self):
+        token = self.secrets["oauth2_access_token"]
+        keywords = {k: v for k, v in self.secrets.items() if k != "oauth2_access_token"}
+        for storage in (
+            DropboxStorage(**self.secrets, root_path="/r"),
+            DropboxStorage(token, **keywords, root_path="/r"),
+        ):
+            written = self.migration(storage)
+            self.assertNotIn("hidden", written)
+            path, args, kwargs = storage.deconstruct()
+            self.assertEqual((args, kwargs), ((), {"root_path": "/r"}))
+            self.assertEqual(path, f"{module.__name__}.DropboxStorage")
+            imported = import_string(path)(*args, **kwargs)
+            self.assertEqual(imported, storage)
+            self.assertEqual(hash(imported), hash(storage))
+
+    def test_subclasses_with_arguments_of_their_own(self):
+        class Media(DropboxStorage):
+            def __init__(self, secret, folder="/x"):
+                super().__init__(secret, root_path=folder)
+
+        args, kwargs = Media("hidden-token", folder="/y")._constructor_args
+        self.assertEqual((args, kwargs), ((), {"folder": "/y"}))
+
+    def test_a_callable_storage_stays_a_path(self):
+        written = self.migration(get_storage)
+        self.assertIn(f"{__name__}.get_storage", written)
+
+    def test_equality_is_by_configuration(self):
+        one = DropboxStorage("token-1", root_path="/a")
+        self.assertEqual(one, DropboxStorage("token-2", root_path="/a"))
+        self.assertNotEqual(one, DropboxStorage("token-1", root_path="/b"))
+        self.assertNotEqual(one, CallableStorage(root_path="/a"))
+        self.assertNotEqual(one, "storage")
+        self.assertEqual(len({one, DropboxStorage(root_path="/a")}), 1)
+        self.assertTrue(one)
+        self.assertFalse(callable(one))
+
+    def test_no_repr_and_no_log_shows_a_secret(self):
+        with self.assertLogs(level="DEBUG") as logs:
+            storage = self.account.connect(DropboxStorage(**self.secrets))
+            storage.FIRST_WAIT = 0.001
+            self.account.refresh_tokens = {
+                "hidden-refresh": ("hidden-key", "hidden-secret")
+            }
+            self.account.tokens.add("sl.hidden-access")
+            self.save("a", b"x", storage)
+            self.account.fail("*", "503", times=3)
+            self.assertIn("/a", self.account.files())
+            shown = [repr(storage), str(storage), repr(storage.open("a"))]
+            logging.getLogger().debug("at least one")
+        self.assertNotIn("hidden", "".join([*shown, *logs.output]))
+
+    def test_no_error_shows_a_secret_that_dropbox_repeats(self):
+        storage = self.account.connect(DropboxStorage("hidden-access"))
+        text = 'Invalid authorization value in HTTP header "Authorization": "hidden-access"'
+        self.account.refused = Refused(400, text)
+        with self.assertRaises(DropboxStorageException) as caught:
+            storage.exists("a")
+        shown = "".join(traceback.format_exception(None, caught.exception, None))
+        self.assertIn("BadInputError", shown)
+        self.assertNotIn("hidden", shown)
+        self.assertNotIn("hidden", repr(caught.exception.__cause__.args))
+
+
+class ErrorTests(StorageTestCase):
+    def test_permanent_failures_say_what_to_do(self):
+        for route, fault, reason in (
+            ("files/upload", "/path/insufficient_space", "path/insufficient_space (the account"
+             " is full; free or buy space)"),
+            ("files/upload", "/path/no_write_permission", "path/no_write_permission (the "
+             "account may only read there; change root_path)"),
+            ("files/upload", "/path/disallowed_name", "path/disallowed_name (Dropbox reserves "
+             "that name; get_valid_name() mends it)"),
+            ("files/upload", "/payload_too_large", "payload_too_large"),
+            ("files/upload", "missing_scope", "missing_scope/files.content.write (tick it "
+             "under Permissions in the App Console, authorize again)"),
+            ("files/upload", "suspended", "user_suspended (the account is suspended; its owner "
+             "or team can reactivate it)"),
+            ("files/upload", "invalid_token", "invalid_access_token (it is wrong or revoked; "
+             "authorize the app again)"),
+            ("files/upload", "bad_input", "HTTP 400 Error in call to API function: bad input"),
+        ):  # fmt: skip
+            self.account.fail(route, fault)
+            with self.subTest(fault), self.account.counting() as calls:
+                with self.raises(
+                    DropboxStorageException,
+                    f"{route} of '/a' failed: {reason}.",
+                ) as caught:
+                    self.save("a")
+            self.assertIsInstance(
+                caught.exception.__cause__, dropbox.exceptions.DropboxException
+            )
+            self.assertTrue(reason.startswith(caught.exception.reason))
+            self.assertEqual(calls[route], 1)
+            self.account.faults.clear()
+        self.assertFalse(self.account.entries)
+
+    def test_errors_are_raised_from_those_of_the_sdk(self):
+        self.account.put("/dir/a")
+        for call, error in (
+            (lambda: self.storage.open("missing"), FileNotFoundError),
+            (lambda: self.storage.size("missing"), FileNotFoundError),
+            (lambda: self.storage.open("dir"), IsADirectoryError),
+            (lambda: self.storage.listdir("dir/a"), NotADirectoryError),
+            (lambda: self.save("dir/a/b"), NotADirectoryError),
+        ):
+            with self.assertRaises(error) as caught:
+                call()
+            cause = caught.exception.__cause__
+            self.assertIsInstance(cause, dropbox.exceptions.ApiError)
+            self.assertIn(
+                caught.exception.filename, ("/missing", "/dir", "/dir/a", "/dir/a/b")
+            )
+
+    def test_what_lasts_is_reported_with_how_long_it_was_tried(self):
+        for fault in ("503", "429", "reset", "html"):
+            self.account.fail("files/get_metadata", fault, times=99)
+            with self.account.counting() as calls:
+                with self.assertRaisesRegex(
+                    DropboxStorageException,
+                    r"files/get_metadata of '/a' failed \(6 attempts, 0 s, next after 0 s\): ",
+                ):
+                    self.storage.exists("a")
+            self.assertEqual(calls["files/get_metadata"], self.storage.MAX_ATTEMPTS)
+            self.account.faults.clear()
+
+    def test_a_wait_that_is_too_long_is_not_begun(self):
+        self.account.fail("files/get_metadata", "429", value=300)
+        begun = time.monotonic()
+        with self.assertRaisesRegex(
+            DropboxStorageException,
+            r"failed \(1 attempts, 0 s, next after 300 s\): too_many_requests",
+        ):
+            self.storage.exists("a")
+        self.assertLess(time.monotonic() - begun, 5)
+
+    def test_retry_after_is_honoured(self):
+        for fault in ("429", "429_text", "too_many_writes"):
+            self.account.fail("files/get_metadata", fault, value=1)
+            begun = time.monotonic()
+            self.assertFalse(self.storage.exists("a"))
+            self.assertGreaterEqual(time.monotonic() - begun, 1)
+            self.account.faults.clear()
+
+    def test_the_exception_is_no_oserror_and_keeps_its_reason(self):
+        self.assertFalse(issubclass(DropboxStorageException, OSError))
+        error = pickle.loads(pickle.dumps(DropboxStorageException("text", "reason")))
+        self.assertEqual((str(error), error.reason), ("text", "reason"))
+
+
+# The demo
+
+
+def demo(paths, account):
+    """Save the files, list, link, read, overwrite and delete them; return the failures."""
+    backend = f"{module.__name__}.DropboxStorage"
+    default = {"DEFAULT_FILE_STORAGE": backend}
+    if django.VERSION >= (4, 2):
+        default = {"STORAGES": {"default": {"BACKEND": backend}}}
+    with override_settings(**default, DROPBOX_ROOT_PATH="/demo"):
+        default_storage.client = FakeDropbox(account)
+        print("A Dropbox account in memory, behind the real SDK and default_storage.")
+        failures = sum(show_file(account, default_storage, path) for path in paths)
+    print(f"{failures} steps DIFFER." if failures else "Everything as expected.")
+    return failures
+
+
+def show_file(account, storage, path):
+    """Take a file through the storage; print what each step says and costs."""
+    path, differing = pathlib.Path(path), 0
+    content, name = path.read_bytes(), path.name
+
+    def leads_here(link):
+        return account.links.get(link) == content
+
+    def overwrite():
+        with storage.open(name, "wb") as file:
+            file.write(content[::-1])
+        return account.files()[f"/demo/{name}"]
+
+    print(f"\n{path}, {len(content)} bytes")
+    for step, action, expected in (
+        ("save", lambda: storage.save(name, File(io.BytesIO(content))), name),
+        ("exists", lambda: storage.exists(name), True),
+        ("list", lambda: storage.listdir(""), ([], [name])),
+        ("size", lambda: storage.size(name), len(content)),
+        ("link", lambda: storage.url(name), leads_here),
+        ("link again", lambda: storage.url(name), leads_here),
+        ("read back", lambda: storage.open(name).read(), content),
+        ("overwrite", overwrite, content[::-1]),
+        ("read back", lambda: storage.open(name).read(), content[::-1]),
+        ("delete", lambda: storage.delete(name), None),
+        ("exists", lambda: storage.exists(name), False),
+    ):
+        with account.counting() as calls:
+            result = action()
+        cost = ", ".join(f"{count} x {route}" for route, count in calls.items())
+        shown = f"{len(result)} bytes" if isinstance(result, bytes) else str(result)
+        differs = not (expected(result) if callable(expected) else result == expected)
+        differing += differs
+        verdict = "   DIFFERS" if differs else ""
+        print(f"  {step:<10} {shown:<36} {cost or 'no call'}{verdict}")
+    return differing
+
+
+class DemoTests(SimpleTestCase):
+    def test_it_shows_every_step_and_counts_what_differs(self):
+        class Forgetful(FakeAccount):
+            def page(self, found):
+                return super().page([])
+
+        for account, failures in ((FakeAccount(), 0), (Forgetful(), 1)):
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                self.assertEqual(demo([__file__], account), failures)
+            output = output.getvalue()
+            self.assertIn("  save       test_", output)
+            self.assertIn("1 x files/get_metadata, 1 x files/upload", output)
+            self.assertIn("DIFFER" if failures else "Everything as expected.", output)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["demo"] and sys.argv[2:]:
+        sys.exit(1 if demo(sys.argv[2:], FakeAccount()) else 0)
+    unittest.main()
