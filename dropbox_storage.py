@@ -276,8 +276,9 @@ class DropboxStorage(django_storage.Storage):
 
     def __eq__(self, other):
         # What migrations compare: deconstruct(), without its check of the import path.
-        same = type(self) is type(other)
-        return same and self._constructor_args == other._constructor_args
+        if type(self) is not type(other):
+            return NotImplemented  # other may be default_storage, which knows better
+        return self._constructor_args == other._constructor_args
 
     def __hash__(self):
         return hash(type(self))
@@ -353,15 +354,18 @@ class DropboxStorage(django_storage.Storage):
         return f"_{valid}" if valid.lower() in ("", *RESERVED_NAMES) else valid
 
     def get_alternative_name(self, file_root, file_ext):
+        if self.write_mode != "add":  # only asked for because of max_length
+            return f"{file_root}{file_ext}"
         # Django adds an underscore and seven characters.
         room = max(1, MAX_NAME - 8 - len(file_ext))
         return super().get_alternative_name(file_root[:room], file_ext)
 
     def get_available_name(self, name, max_length=None):
-        clean = self._clean_name(name)
-        if self.write_mode != "add" and len(clean) <= (max_length or len(clean)):
-            return clean
-        return super().get_available_name(name, max_length)
+        storage = self
+        if self.write_mode != "add":  # a name that is taken will do
+            storage = copy.copy(self)
+            storage.exists = lambda name: False
+        return super(DropboxStorage, storage).get_available_name(name, max_length)
 
     def delete(self, name):
         """Delete the file, or the folder with all that is in it; quiet if it is gone."""

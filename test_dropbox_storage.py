@@ -864,6 +864,15 @@ class NameTests(StorageTestCase):
                     self.storage.open(name)
         self.assertEqual(self.account.files(), {"/a.txt": b"x"})
 
+    def test_names_that_are_none_are_refused_in_every_mode(self):
+        for mode, name in itertools.product(module.WRITE_MODES, ("", ".", "..", "a/..", "/")):
+            storage = self.account.storage(write_mode=mode)
+            with self.subTest(mode=mode, name=name):
+                with self.assertRaises(SuspiciousFileOperation):
+                    storage.save(name, ContentFile(b""))
+                with self.assertRaisesRegex(SuspiciousFileOperation, "Could not derive"):
+                    storage.get_available_name(name)
+
     def test_what_no_path_can_hold_is_refused_offline(self):
         for name in ("a\0b", "a\udc80b"):
             with self.assertRaisesRegex(SuspiciousFileOperation, "NUL or half"):
@@ -1063,9 +1072,9 @@ class SavingTests(StorageTestCase):
             storage = self.account.storage(write_mode=mode)
             name = storage.save("x" * 30 + ".txt", ContentFile(b""), max_length=20)
             self.assertEqual(len(name), 20)
-            self.assertTrue(name.endswith(".txt"))
+            self.assertTrue(name.endswith(".txt" if mode == "add" else "xxxxxx.txt"))
         with self.assertRaises(SuspiciousFileOperation):
-            storage.save("x" * 30 + ".txt", ContentFile(b""), max_length=5)
+            storage.save("x" * 30 + ".txt", ContentFile(b""), max_length=4)
 
 
 class FileTests(StorageTestCase):
