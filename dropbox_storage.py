@@ -294,10 +294,10 @@ class DropboxStorage(django_storage.Storage):
     def client(self):
         """The dropbox.Dropbox that makes the calls.
 
-        Built when it is first used, once per process and again if an option changes;
+        Built when it is first used, once per process and again if its options change;
         may be assigned, to use another one with its own credentials.
         """
-        options, process = [getattr(self, name) for name in _OPTIONS], self._process
+        options, process = [getattr(self, name) for name in _CONNECTION], self._process
         with process.lock:
             if not self._client and process.options != options:
                 process.client, process.options = self._connect(), options
@@ -400,7 +400,7 @@ class DropboxStorage(django_storage.Storage):
         if self.base_url:
             return urljoin(self.base_url, (filepath_to_uri(name) or "").lstrip("/"))
         try:
-            return self._link(self._path(name))[0]
+            return self._link(self._path(name), self.shared_links)[0]
         except FileNotFoundError:
             logger.warning("No link to %r: there is no such file in Dropbox.", name)
             return ""
@@ -489,7 +489,8 @@ class DropboxStorage(django_storage.Storage):
 
     def _note(self, path, metadata):
         """Keep true what is remembered: metadata is at path now, or nothing if None."""
-        self._cached("delete", path)
+        self._cached("delete", path, False)
+        self._cached("delete", path, True)
         with self._process.lock:
             listing = {} if self._process.listing is None else self._process.listing
             for known in [k for k in listing if f"{k}/".startswith(f"{path.lower()}/")]:
@@ -501,13 +502,13 @@ class DropboxStorage(django_storage.Storage):
 
     # Links
 
-    def _link(self, path):
+    def _link(self, path, shared=False):
         """A link to the file and when it was made, in seconds since the epoch."""
-        entry = self._cached("get", path) if self.url_cache_timeout else None
+        entry = self._cached("get", path, shared) if self.url_cache_timeout else None
         if not entry:
-            make = self._shared_link if self.shared_links else self._temporary_link
+            make = self._shared_link if shared else self._temporary_link
             entry = (make(path), time.time())
-            self._cached("set", path, entry, self.url_cache_timeout or 0)
+            self._cached("set", path, shared, entry, self.url_cache_timeout or 0)
         return entry
 
     def _temporary_link(self, path):
@@ -525,11 +526,11 @@ class DropboxStorage(django_storage.Storage):
             link = self._call(route, path, path, direct_only=True).links[0]
         return re.sub(r"([?&])dl=\d", r"\1raw=1", link.url)
 
-    def _cached(self, method, path, *args):
+    def _cached(self, method, path, shared, *args):
         """What Django's cache answers of path; one that is down costs a call, no more."""
         client, space = self.client, (self.namespace_id, self.team_member_id)
         account = client._oauth2_refresh_token or client._oauth2_access_token
-        key = repr((account, space, self.shared_links, path.lower()))
+        key = repr((account, space, shared, path.lower()))
         key = f"dropbox_storage:{hashlib.sha256(key.encode()).hexdigest()}"
         try:
             return getattr(cache, method)(key, *args)
@@ -612,6 +613,7 @@ class DropboxStorage(django_storage.Storage):
 
 
 _CREDENTIALS = ("oauth2_access_token", "oauth2_refresh_token", "app_key", "app_secret")
+_CONNECTION = (*_CREDENTIALS, "timeout", "namespace_id", "team_member_id")
 _OPTIONS = {k: v for k, v in vars(DropboxStorage).items() if isinstance(v, _Option)}
 
 

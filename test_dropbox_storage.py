@@ -24,6 +24,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -45,16 +46,22 @@ from hypothesis import strategies as st
 
 if not settings.configured:
     settings.configure(SECRET_KEY="for tests")
+    django.setup()
 
+from django.contrib.staticfiles.finders import get_finder
+from django.contrib.staticfiles.storage import staticfiles_storage
 from django.core.cache import cache
+from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files.base import ContentFile, File
-from django.core.files.storage import default_storage
+from django.core.files import storage as django_storage
 from django.core.files.uploadedfile import SimpleUploadedFile
+from django.core.management import call_command
 from django.db import models
 from django.db.migrations.writer import MigrationWriter
-from django.http import FileResponse
-from django.test import SimpleTestCase, override_settings
+from django.http import FileResponse, Http404
+from django.test import RequestFactory, SimpleTestCase, override_settings
+from django.urls import path
 from django.utils.module_loading import import_string
 
 # The module beside this one, also where both are copied into another package.
@@ -865,12 +872,16 @@ class NameTests(StorageTestCase):
         self.assertEqual(self.account.files(), {"/a.txt": b"x"})
 
     def test_names_that_are_none_are_refused_in_every_mode(self):
-        for mode, name in itertools.product(module.WRITE_MODES, ("", ".", "..", "a/..", "/")):
+        for mode, name in itertools.product(
+            module.WRITE_MODES, ("", ".", "..", "a/..", "/")
+        ):
             storage = self.account.storage(write_mode=mode)
             with self.subTest(mode=mode, name=name):
                 with self.assertRaises(SuspiciousFileOperation):
                     storage.save(name, ContentFile(b""))
-                with self.assertRaisesRegex(SuspiciousFileOperation, "Could not derive"):
+                with self.assertRaisesRegex(
+                    SuspiciousFileOperation, "Could not derive"
+                ):
                     storage.get_available_name(name)
 
     def test_what_no_path_can_hold_is_refused_offline(self):
@@ -1416,12 +1427,10 @@ class ConfigurationTests(StorageTestCase):
 
     @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
     def test_storages_setting(self):
-        from django.core.files.storage import storages
-
         options = {"oauth2_access_token": "valid-token", "root_path": "/remote"}
         remote = {"BACKEND": self.backend, "OPTIONS": options}
         with override_settings(STORAGES={**settings.STORAGES, "remote": remote}):
-            storage = self.account.connect(storages["remote"])
+            storage = self.account.connect(django_storage.storages["remote"])
             self.save("a.txt", b"x", storage)
         self.assertEqual(self.account.files(), {"/remote/a.txt": b"x"})
 
@@ -1746,6 +1755,358 @@ class ErrorTests(StorageTestCase):
         self.assertEqual((str(error), error.reason), ("text", "reason"))
 
 
+class LinkTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.account.put("/a b.txt", b"12345")
+
+    def leads_to(self, link, content):
+        self.assertEqual(self.account.links[link], content)
+
+    def test_a_temporary_link_is_cached_for_all_spellings_of_a_name(self):
+        link = self.storage.url("a b.txt")
+        self.leads_to(link, b"12345")
+        for name in ("a b.txt", "A B.TXT", "./a b.txt"):
+            self.assertEqual(self.storage.url(name), link)
+        self.assertEqual(self.account.calls["files/get_temporary_link"], 1)
+
+    def test_saving_writing_and_deleting_drop_the_link(self):
+        storage = self.account.storage(write_mode="overwrite")
+
+        def write():
+            with storage.open("a b.txt", "wb") as file:
+                file.write(b"written")
+
+        for change, content in (
+            (lambda: storage.save("A b.txt", ContentFile(b"saved")), b"saved"),
+            (write, b"written"),
+        ):
+            old = storage.url("a b.txt")
+            change()
+            self.assertNotEqual(storage.url("a b.txt"), old)
+            self.leads_to(storage.url("a b.txt"), content)
+        storage.delete("a b.txt")
+        with self.assertLogs("dropbox_storage", "WARNING"):
+            self.assertEqual(storage.url("a b.txt"), "")
+
+    def test_accounts_namespaces_members_and_roots_are_apart(self):
+        self.account.tokens |= {"other-token"}
+        self.account.put("/team/a b.txt")
+        self.account.put("/root/a b.txt")
+        links = {
+            self.account.storage(**options).url("a b.txt")
+            for options in (
+                {},
+                {"oauth2_access_token": "other-token"},
+                {"namespace_id": "42"},
+                {"team_member_id": "dbmid:1"},
+                {"root_path": "/root"},
+                {"shared_links": True},
+            )
+        }
+        self.assertEqual(len(links), 6)
+
+    def test_the_cache_holds_no_secret(self):
+        self.storage.url("a b.txt")
+        self.assertEqual(len(cache._cache), 1)
+        (key,) = cache._cache
+        self.assertNotIn("valid-token", key)
+        self.assertRegex(key, "^:1:dropbox_storage:[0-9a-f]{64}$")
+
+    def test_url_cache_timeout(self):
+        for timeout in (0, None):
+            storage = self.account.storage(url_cache_timeout=timeout)
+            self.assertNotEqual(storage.url("a b.txt"), storage.url("a b.txt"))
+        storage = self.account.storage(url_cache_timeout=0.05)
+        old = storage.url("a b.txt")
+        time.sleep(0.1)
+        self.assertNotEqual(storage.url("a b.txt"), old)
+
+    def test_a_cache_that_is_down_costs_a_call_and_no_more(self):
+        broken = {"default": {"BACKEND": f"{__name__}.BrokenCache"}}
+        with override_settings(CACHES=broken):
+            with self.assertLogs("dropbox_storage", "WARNING") as logs:
+                self.leads_to(self.storage.url("a b.txt"), b"12345")
+                self.save("b.txt", b"x")
+        self.assertNotIn("cache.example", "".join(logs.output))
+        self.assertEqual(self.account.calls["files/get_temporary_link"], 1)
+
+    def test_a_missing_file_has_no_link_and_one_warning(self):
+        for options in ({}, {"shared_links": True}):
+            storage = self.account.storage(**options)
+            with self.assertLogs("dropbox_storage", "WARNING") as logs:
+                self.assertEqual(storage.url("gone.jpg"), "")
+            text = "No link to 'gone.jpg': there is no such file in Dropbox."
+            self.assertEqual(logs.output, [f"WARNING:dropbox_storage:{text}"])
+
+    def test_every_other_error_raises(self):
+        self.account.fail("files/get_temporary_link", "invalid_token")
+        with self.assertRaises(DropboxStorageException):
+            self.storage.url("a b.txt")
+        self.account.put("/dir/x")
+        with self.assertRaises(IsADirectoryError):
+            self.storage.url("dir")
+
+    def test_base_url_needs_no_call(self):
+        storage = DropboxStorage(base_url="/media")
+        self.assertEqual(storage.base_url, "/media/")
+        for name, url in {
+            "a b.txt": "/media/a%20b.txt",
+            "/dir\\\xe9.txt": "/media/dir/%C3%A9.txt",
+            "": "/media/",
+            None: "/media/",
+        }.items():
+            self.assertEqual(storage.url(name), url)
+
+    def test_shared_links(self):
+        storage = self.account.storage(shared_links=True)
+        with self.account.counting() as calls:
+            link = storage.url("a b.txt")
+            self.assertEqual(storage.url("a b.txt"), link)
+        self.assertRegex(
+            link, r"^https://www.dropbox.com/scl/fi/\w+/a b.txt\?rlkey=\w+&raw=1$"
+        )
+        self.assertEqual(calls, {"sharing/create_shared_link_with_settings": 1})
+        cache.clear()
+        self.assertEqual(storage.url("a b.txt"), link)
+        self.assertEqual(self.account.calls["sharing/list_shared_links"], 1)
+
+    def test_sharing_that_is_off_is_explained(self):
+        storage = self.account.storage(shared_links=True)
+        for fault, hint in {
+            "/access_denied": "sharing is off for the account; use base_url",
+            "/settings_error/not_authorized": "public links are off for the account",
+            "/email_not_verified": "verify the account's e-mail address",
+            "missing_scope": "tick it under Permissions in the App Console",
+        }.items():
+            self.account.fail("sharing/create_shared_link_with_settings", fault)
+            with self.assertRaisesRegex(DropboxStorageException, hint):
+                storage.url("a b.txt")
+            self.account.faults.clear()
+
+
+class BrokenCache(BaseCache):
+    def __init__(self, *args):
+        super().__init__({})
+
+    def get(self, *args, **kwargs):
+        raise ConnectionError("redis://user:password@cache.example is down")
+
+    set = delete = get
+
+
+class ServeTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.storage = self.account.storage(base_url="/media/")
+        self.account.put("/dir/a b.jpg", b"12345")
+
+    def get(self, path, method="GET", **options):
+        request = RequestFactory().generic(method, "/media/")
+        return module.serve(request, path, **{"storage": self.storage, **options})
+
+    def test_it_redirects_to_a_cached_temporary_link(self):
+        with self.account.counting() as calls:
+            for method in ("GET", "HEAD"):
+                response = self.get("dir/a b.jpg", method)
+                self.assertEqual(response.status_code, 302)
+                self.assertEqual(self.account.links[response["Location"]], b"12345")
+        self.assertEqual(calls, {"files/get_temporary_link": 1})
+        self.assertEqual(response["Cache-Control"], "private, max-age=3600")
+
+    def test_a_browser_keeps_the_redirect_for_less_than_the_link_lives(self):
+        self.storage.url_cache_timeout = 14400
+        self.get("dir/a b.jpg")
+        ages = []
+        for age in (0, 7200, 14390):
+            link, made = self.storage._link("/dir/a b.jpg")
+            self.storage._cached(
+                "set", "/dir/a b.jpg", False, (link, time.time() - age), 99
+            )
+            response = self.get("dir/a b.jpg")
+            ages.append(int(response["Cache-Control"].partition("max-age=")[2]))
+        for age, limit in zip(ages, (14400, 7200, 10)):
+            self.assertLess(age, limit)
+        self.storage.url_cache_timeout = 0
+        self.assertEqual(self.get("dir/a b.jpg")["Cache-Control"], "private, max-age=0")
+
+    def test_what_cannot_be_a_file_is_not_found(self):
+        for path in (
+            "gone.jpg",
+            "dir",
+            "",
+            "../a",
+            "/etc/passwd",
+            "a\0b",
+            "x" * 300,
+            "dir/a b.jpg/x",
+        ):
+            with self.subTest(path), self.assertRaises(Http404):
+                self.get(path)
+
+    def test_other_methods_are_not_allowed(self):
+        response = self.get("dir/a b.jpg", "POST")
+        self.assertEqual((response.status_code, response["Allow"]), (405, "GET, HEAD"))
+
+    def test_other_errors_are_not_hidden(self):
+        self.account.fail("*", "invalid_token")
+        with self.assertRaises(DropboxStorageException):
+            self.get("dir/a b.jpg")
+
+    def test_shared_links_and_base_url_together(self):
+        self.storage.shared_links = True
+        self.assertIn("/apitl/", self.get("dir/a b.jpg")["Location"])
+
+    @unittest.skipIf(django.VERSION < (4, 2), "aliases came with Django 4.2")
+    def test_a_storage_by_its_alias_behind_a_login(self):
+        backend = {"BACKEND": f"{module.__name__}.DropboxStorage"}
+        options = {"oauth2_access_token": "valid-token", "base_url": "/files/"}
+        with override_settings(
+            STORAGES={"default": backend, "files": {**backend, "OPTIONS": options}},
+            ROOT_URLCONF=__name__,
+            LOGIN_URL="/login/",
+            MIDDLEWARE=[],
+        ):
+            self.account.connect(django_storage.storages["files"])
+            url = django_storage.storages["files"].url("dir/a b.jpg")
+            response = self.client.get(url)
+            self.assertEqual(self.account.links[response["Location"]], b"12345")
+            self.assertEqual(self.client.get("/files/gone").status_code, 404)
+
+
+urlpatterns = [
+    path("files/<path:path>", module.serve, {"storage": "files"}),
+]
+
+
+class PreloadTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.account.page_size = 3
+        for name in ("a.txt", "dir/b.txt", "Dir/Sub/c.txt", "dir/sub/d.txt"):
+            self.account.put(f"/static/{name}", name.encode())
+        self.storage = self.preloading()
+        self.plain = self.account.storage(root_path="/static")
+
+    def preloading(self, **options):
+        options = {"preload_metadata": True, "root_path": "/static", **options}
+        return self.account.storage(**options)
+
+    def looks(self, storage):
+        """All that a storage says of its files."""
+        found, names = (
+            {},
+            ["", "a.txt", "A.txt", "dir", "dir/Sub", "dir/sub/c.txt", "x", "n/e/w"],
+        )
+        for look, name in itertools.product(
+            ("exists", "size", "get_modified_time", "listdir", "get_available_name"),
+            names,
+        ):
+            try:
+                found[look, name] = getattr(storage, look)(name)
+            except (OSError, SuspiciousFileOperation) as error:
+                found[look, name] = type(error)
+            if look == "listdir" and isinstance(found[look, name], tuple):
+                found[look, name] = [*map(sorted, found[look, name])]
+            if look == "get_available_name":
+                found[look, name] = found[look, name] == name
+        return found
+
+    def test_one_listing_answers_everything(self):
+        expected = self.looks(self.plain)
+        with self.account.counting() as calls:
+            self.assertEqual(self.looks(self.storage), expected)
+        paged = {"files/list_folder": 1, "files/list_folder/continue": 2}
+        self.assertEqual(calls, paged)
+
+    def test_its_own_writes_and_deletes_keep_it_true(self):
+        storage = self.storage
+        for change in (
+            lambda: storage.save("n/e/w", ContentFile(b"new")),
+            lambda: storage.save("a.txt", ContentFile(b"another")),
+            lambda: storage.open("A.TXT", "wb").close(),
+            lambda: storage.delete("dir/sub/c.txt"),
+            lambda: storage.delete("DIR"),
+            lambda: storage.delete("missing"),
+            lambda: storage.save("dir", ContentFile(b"a file now")),
+            lambda: storage.delete("n/e/w"),
+        ):
+            change()
+            self.assertEqual(self.looks(storage), self.looks(self.plain))
+        self.assertEqual(self.account.calls["files/list_folder"] > 0, True)
+
+    def test_a_root_that_does_not_exist_yet_is_empty(self):
+        storage = self.preloading(root_path="/new")
+        self.assertFalse(storage.exists("a.txt"))
+        self.assertEqual(storage.listdir(""), ([], []))
+        self.save("a.txt", b"x", storage)
+        self.assertTrue(storage.exists("a.txt"))
+        self.assertEqual(self.account.calls["files/list_folder"], 1)
+
+    def test_what_others_have_done_is_never_overwritten(self):
+        self.assertFalse(self.storage.exists("new.txt"))
+        self.account.put("/static/new.txt", b"theirs")
+        self.assertRegex(
+            self.save("new.txt", b"mine", self.storage), r"^new_\w{7}.txt$"
+        )
+        update = self.preloading(write_mode="update")
+        update.size("a.txt")
+        self.account.put("/static/a.txt", b"theirs")
+        with self.assertRaises(DropboxStorageException):
+            self.save("a.txt", b"mine", update)
+        self.save("a.txt", b"mine", update)  # after an error it looks again
+        self.assertEqual(self.account.files()["/static/a.txt"], b"mine")
+
+    def collect(self, **options):
+        """Run collectstatic as in a new process; return its number of calls."""
+        staticfiles_storage._wrapped = self.account.connect(DropboxStorage())
+        with self.account.counting() as calls:
+            call_command("collectstatic", interactive=False, verbosity=0, **options)
+        return sum(calls.values())
+
+    @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
+    def test_collectstatic(self):
+        """40 files: a first time, again, after a change, and after clearing."""
+        backend = f"{module.__name__}.DropboxStorage"
+        self.account.page_size = 500
+        for preload, limits in ((True, (42, 2, 4)), (False, (120, 80, 83))):
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                override_settings(
+                    INSTALLED_APPS=["django.contrib.staticfiles"],
+                    STATIC_URL="/static/",
+                    STATICFILES_DIRS=[folder],
+                    STATICFILES_FINDERS=[
+                        "django.contrib.staticfiles.finders.FileSystemFinder"
+                    ],
+                    STORAGES={
+                        "default": {"BACKEND": backend},
+                        "staticfiles": {"BACKEND": backend},
+                    },
+                    DROPBOX_OAUTH2_TOKEN="valid-token",
+                    DROPBOX_ROOT_PATH=f"/collected-{preload}",
+                    DROPBOX_PRELOAD_METADATA=preload,
+                ),
+            ):
+                get_finder.cache_clear()
+                for i in range(40):
+                    path = pathlib.Path(folder, f"dir{i % 3}", f"{i}.css")
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(b"%d" % i)
+                    os.utime(path, (1, 1))
+                self.assertLessEqual(self.collect(), limits[0])
+                files = self.account.files()
+                self.assertLessEqual(self.collect(), limits[1])
+                self.assertEqual(self.account.files(), files)
+                path.write_bytes(b"changed")
+                os.utime(path, (time.time() + 9,) * 2)
+                self.assertLessEqual(self.collect(), limits[2])
+                name = f"/collected-{preload}/dir0/39.css"
+                self.assertEqual(self.account.files(), {**files, name: b"changed"})
+                self.collect(clear=True)
+                self.assertEqual(self.account.files(), {**files, name: b"changed"})
+
+
 # The demo
 
 
@@ -1756,6 +2117,7 @@ def demo(paths, account):
     if django.VERSION >= (4, 2):
         default = {"STORAGES": {"default": {"BACKEND": backend}}}
     with override_settings(**default, DROPBOX_ROOT_PATH="/demo"):
+        default_storage = django_storage.default_storage
         default_storage.client = FakeDropbox(account)
         print("A Dropbox account in memory, behind the real SDK and default_storage.")
         failures = sum(show_file(account, default_storage, path) for path in paths)
