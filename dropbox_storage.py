@@ -62,10 +62,8 @@ HASH_BLOCK = 4 * MiB
 READ_SIZE = 128 * 1024
 
 # Bytes after which someone who reads in order is taken to want the rest, and of the
-# blocks in which several connections then fetch it, if there are more than a few left.
-AHEAD_AFTER = 2 * MiB
-AHEAD_BLOCK = 2 * MiB
-AHEAD_LEAST = 6 * MiB
+# blocks in which several connections then fetch it, if that is more than three.
+AHEAD = 2 * MiB
 
 # Idle connections that a client keeps: for several threads with six transfers each.
 POOL_SIZE = 32
@@ -754,14 +752,13 @@ class _Download(io.RawIOBase):
 
     Opening makes one request, whose reply holds the metadata and begins the file. Seeking
     is free until the next read, which begins a new request if it has to. Who has read
-    AHEAD_AFTER bytes in order has the rest fetched ahead.
+    AHEAD bytes in order has the rest fetched ahead.
     """
 
     def __init__(self, storage, path):
         self._storage, self._path, self._revision, self.size = storage, path, path, 0
-        self._position = self._begin = 0  # of the reader, who may seek, and of _part
-        self._part, self._content = b"", _ContentHash()
-        self._parts = self._read_parts(0)
+        self._position = self._part_at = 0  # of the reader, who may seek, and of _part
+        self._parts, self._part = self._read_on(0), b""
         self._load()
 
     def readable(self):
@@ -780,62 +777,64 @@ class _Download(io.RawIOBase):
     def readinto(self, buffer):
         if self._position >= self.size:
             return 0
-        if not self._begin <= self._position < self._begin + len(self._part):
+        if not 0 <= self._position - self._part_at < len(self._part):
             self._load()
-        start = self._position - self._begin
-        data = self._part[start : start + len(buffer)]
+        data = self._part[self._position - self._part_at :][: len(buffer)]
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _load(self):
+        """Take the next part, or begin anew at the position after a seek or an error."""
+        if self._position != self._part_at + len(self._part):
+            self._parts.close()
+            self._parts = self._read_on(self._position)
+        self._part_at, self._part = -1, b""  # in case of an error
+        self._part = next(self._parts)
+        self._part_at = self._position
 
     def close(self):
         self._parts.close()
         super().close()
 
-    def _load(self):
-        """Take the next part, or begin anew at the position after a seek or an error."""
-        if self._position != self._begin + len(self._part):
-            self._parts.close()
-            self._parts, self._content = (
-                self._read_parts(self._position),
-                _ContentHash(),
-            )
-        self._begin, self._part = -1, b""  # in case of an error
-        part = next(self._parts)
-        self._content.update(part)
-        if self._content.size == self.size:
-            self._content.check(self._metadata, "files/download", self._path)
-        self._begin, self._part = self._position, memoryview(part)
+    def _read_on(self, start):
+        """Yield the bytes from start to the end of the file, which is checked if whole."""
+        content = _ContentHash()
+        for read in self._stream, self._read_ahead:
+            with contextlib.closing(read(start + content.size)) as parts:
+                for part in parts:
+                    content.update(part)
+                    if content.size == self.size:
+                        content.check(self._metadata, "files/download", self._path)
+                    yield memoryview(part)
+                    left = self.size - start - content.size
+                    if (
+                        read == self._stream
+                        and content.size >= AHEAD
+                        and left > 3 * AHEAD
+                    ):
+                        break
 
-    def _read_parts(self, start):
-        """Yield the bytes from start to the end of the file."""
-        ahead_from = start + AHEAD_AFTER
-        with contextlib.closing(self._stream(start)) as stream:
-            for part in stream:
-                yield part
-                start += len(part)
-                if start >= ahead_from and self.size - start > AHEAD_LEAST:
-                    break
-            else:
-                return
-        connections, ahead, self._closing = self._storage.CONNECTIONS, [], False
-        with ThreadPoolExecutor(connections, "dropbox_storage") as pool:
+    def _read_ahead(self, start):
+        """Yield the bytes from start on in blocks that several connections fetch."""
+        starts, ahead, self._closing = range(start, self.size, AHEAD), [], False
+        with ThreadPoolExecutor(self._storage.CONNECTIONS, "dropbox_storage") as pool:
             try:
-                while ahead or start < self.size:
-                    while start < self.size and len(ahead) < connections:
-                        ahead.append(pool.submit(self._fetch, start))
-                        start += AHEAD_BLOCK
-                    yield ahead.pop(0).result()
+                for start in starts:
+                    ahead.append(pool.submit(self._fetch, start))
+                    if len(ahead) == self._storage.CONNECTIONS:
+                        yield ahead.pop(0).result()
+                yield from (block.result() for block in ahead)
             finally:
                 self._closing = True
 
     def _fetch(self, start):
-        stop = min(start + AHEAD_BLOCK, self.size)
+        stop = min(start + AHEAD, self.size)
         with contextlib.closing(self._stream(start, stop)) as stream:
             return b"".join(itertools.takewhile(lambda part: not self._closing, stream))
 
     def _stream(self, start, stop=None):
-        """Yield the bytes from start to stop; a cut-off reply goes on where it ended."""
+        """Yield the bytes from start to stop; a reply that is cut off is continued."""
         response, last = None, "" if stop is None else stop - 1
 
         def read(client):
@@ -844,15 +843,15 @@ class _Download(io.RawIOBase):
                 if not response:
                     if start or stop:
                         client._headers["Range"] = f"bytes={start}-{last}"
-                    metadata, response = client.files_download(self._revision)
+                    self._metadata, response = client.files_download(self._revision)
+                    self.size, rev = self._metadata.size, self._metadata.rev
+                    self._revision = f"rev:{rev}"
                     found = response.headers.get("Content-Range", "bytes 0-")
                     if not found.startswith(f"bytes {start}-"):
                         raise OSError(f"asked for bytes from {start}, found {found}")
-                    self._metadata, self.size = metadata, metadata.size
-                    self._revision = f"rev:{metadata.rev}"
                 part = response.raw.read(READ_SIZE)
                 if not part and start < self.size:
-                    raise EOFError(f"the reply ended at byte {start} of {self.size}")
+                    raise EOFError(f"the reply ended before byte {start}")
                 return part
             except BaseException:
                 if response:

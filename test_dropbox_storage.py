@@ -1690,8 +1690,7 @@ class ErrorTests(StorageTestCase):
             self.account.fail(route, fault)
             with self.subTest(fault), self.account.counting() as calls:
                 with self.raises(
-                    DropboxStorageException,
-                    f"{route} of '/a' failed: {reason}.",
+                    DropboxStorageException, f"{route} of '/a' failed: {reason}."
                 ) as caught:
                     self.save("a")
             self.assertIsInstance(
@@ -1974,9 +1973,7 @@ class ServeTests(StorageTestCase):
             self.assertEqual(self.client.get("/files/gone").status_code, 404)
 
 
-urlpatterns = [
-    path("files/<path:path>", module.serve, {"storage": "files"}),
-]
+urlpatterns = [path("files/<path:path>", module.serve, {"storage": "files"})]
 
 
 class PreloadTests(StorageTestCase):
