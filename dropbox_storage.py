@@ -34,6 +34,7 @@ import random
 import re
 import threading
 import time
+import types
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urljoin
@@ -131,8 +132,8 @@ class _Option:
     """
 
     def __init__(self, setting, default, clean, *allowed):
-        self.setting, self.default = setting, default
-        self._clean, self._allowed = clean, allowed
+        self.setting, self.default, self._clean = setting, default, clean
+        self._allowed = allowed
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -315,17 +316,16 @@ class DropboxStorage(django_storage.Storage):
             logger.warning("oauth2_access_token: %s.", HINTS["expired_access_token"])
         import dropbox  # costs 0.25 s and 27 MB, too much for every management command
 
-        root = json.dumps({".tag": "namespace_id", "namespace_id": self.namespace_id})
-        return dropbox.Dropbox(
-            **{name: getattr(self, name) for name in (*_CREDENTIALS, "timeout")},
-            headers={  # requests leaves out those that are None
-                "Dropbox-API-Path-Root": root if self.namespace_id else None,
-                "Dropbox-API-Select-User": self.team_member_id,
-            },
-            session=dropbox.create_session(max_connections=POOL_SIZE),
-            max_retries_on_error=0,
-            max_retries_on_rate_limit=0,
-        )
+        headers = {}
+        if self.namespace_id:
+            root = {".tag": "namespace_id", "namespace_id": self.namespace_id}
+            headers["Dropbox-API-Path-Root"] = json.dumps(root)
+        if self.team_member_id:
+            headers["Dropbox-API-Select-User"] = self.team_member_id
+        options = {name: getattr(self, name) for name in (*_CREDENTIALS, "timeout")}
+        options.update(max_retries_on_error=0, max_retries_on_rate_limit=0)
+        session = dropbox.create_session(max_connections=POOL_SIZE)
+        return dropbox.Dropbox(**options, headers=headers, session=session)
 
     def _open(self, name, mode="rb"):
         return DropboxFile(name, self, mode)
@@ -380,9 +380,7 @@ class DropboxStorage(django_storage.Storage):
         return False
 
     def listdir(self, path):
-        entries = self._entries(
-            self._path(path) if self._clean_name(path) else self._root
-        )
+        entries = self._entries(f"{self._root}/{self._clean_name(path)}".rstrip("/"))
         folders = [entry.name for entry in entries if not _is_file(entry)]
         return folders, [entry.name for entry in entries if _is_file(entry)]
 
@@ -457,23 +455,23 @@ class DropboxStorage(django_storage.Storage):
         return [entry for path, entry in listing if posixpath.dirname(path) == parent]
 
     def _list_folder(self, folder, recursive=False):
-        route, page, entries, left = "files/list_folder", None, [], self.MAX_ATTEMPTS
+        page, entries, left = None, [], self.MAX_ATTEMPTS
         while not page or page.has_more:
             try:
                 if page:
-                    page = self._call(f"{route}/continue", folder, page.cursor)
+                    page = self._call("files/list_folder/continue", folder, page.cursor)
                 else:
-                    page, entries = self._call(route, folder, folder, recursive), []
+                    page = self._call("files/list_folder", folder, folder, recursive)
                 entries += page.entries
-            except FileNotFoundError:
-                if folder != self._root:
-                    raise
-                return []  # nothing has been saved yet
             except DropboxStorageException as error:
                 left -= 1
                 if error.reason != "reset" or not left:
                     raise
-                page = None  # the cursor has expired
+                page, entries = None, []  # the cursor has expired
+            except FileNotFoundError:
+                if folder == self._root:
+                    return []  # nothing has been saved yet
+                raise
         # Later pages also report what has been deleted meanwhile, without an id.
         return [entry for entry in entries if hasattr(entry, "id")]
 
@@ -496,7 +494,7 @@ class DropboxStorage(django_storage.Storage):
             while metadata and path != "/":
                 listing.setdefault(path.lower(), metadata)
                 path = posixpath.dirname(path)
-                metadata = _Folder(path)
+                metadata = types.SimpleNamespace(name=posixpath.basename(path))
 
     # Links
 
@@ -504,8 +502,8 @@ class DropboxStorage(django_storage.Storage):
         """A link to the file and when it was made, in seconds since the epoch."""
         entry = self._cached("get", path, shared) if self.url_cache_timeout else None
         if not entry:
-            make = self._shared_link if shared else self._temporary_link
-            entry = (make(path), time.time())
+            link = self._shared_link(path) if shared else self._temporary_link(path)
+            entry = (link, time.time())
             self._cached("set", path, shared, entry, self.url_cache_timeout or 0)
         return entry
 
@@ -598,11 +596,11 @@ class DropboxStorage(django_storage.Storage):
         for code, ends in OS_ERRORS.items():
             if reason.endswith(ends):
                 return _os_error(code, f"{route}: {reason}", path)
-        for name in _CREDENTIALS:  # Dropbox repeats a malformed token in its answer
-            secret = getattr(self.client, f"_{name}") or "\0"
-            for key, value in [*vars(error).items(), ("args", error.args)]:
-                if secret in str(value):
-                    setattr(error, key, "")
+        secrets = filter(
+            None, [getattr(self.client, f"_{name}") for name in _CREDENTIALS]
+        )
+        if any(secret in f"{error.args} {vars(error)}" for secret in secrets):
+            error.args, error.body, error.message = (), "", ""  # a malformed token
         body = "" if hasattr(error, "error") else getattr(error, "body", error)
         said = f"{reason} {body}".strip()[:500]
         hint = next((f" ({hint})" for tag, hint in HINTS.items() if tag in said), "")
@@ -621,13 +619,6 @@ class _Process:
     def __init__(self):
         self.lock = threading.RLock()
         self.client = self.options = self.listing = None
-
-
-class _Folder:
-    """The metadata of a folder that an upload has created on its way."""
-
-    def __init__(self, path):
-        self.name = posixpath.basename(path)
 
 
 def _status(error):
