@@ -1,0 +1,164 @@
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from types import TracebackType
+from typing import IO, Any, AnyStr, Generic, Literal, Protocol, TypeVar, overload
+
+# Without django-stubs, Django has no types, which these two comments allow for.
+from django.core.files.base import File  # type: ignore[import-untyped, unused-ignore]
+from django.core.files.storage import Storage  # type: ignore[import-untyped, unused-ignore]
+from django.http import HttpRequest, HttpResponseBase  # type: ignore[import-untyped, unused-ignore]
+from typing_extensions import Self, TypeAlias
+
+__all__ = ["DropboxFile", "DropboxStorage", "DropboxStorageException", "serve"]
+__version__: str
+
+_Name: TypeAlias = str | os.PathLike[str]
+_TextMode: TypeAlias = Literal["r", "w", "x"]
+_BinaryMode: TypeAlias = Literal["rb", "wb", "xb"]
+_WriteMode: TypeAlias = Literal["add", "overwrite", "update"]
+
+_AnyStr_co = TypeVar("_AnyStr_co", str, bytes, covariant=True)
+_AnyStr_contra = TypeVar("_AnyStr_contra", str, bytes, contravariant=True)
+
+class DropboxStorageException(Exception):
+    reason: str
+    def __init__(self, message: str, reason: str = "") -> None: ...
+
+class _Client(Protocol):
+    # The methods of dropbox.Dropbox that are used. The SDK has no types: what they take
+    # and return is Any.
+    def check_and_refresh_access_token(self) -> None: ...
+    def refresh_access_token(self, host: str = ..., scope: Any = None) -> None: ...
+    def files_delete_v2(self, path: str) -> Any: ...
+    def files_download(self, path: str) -> tuple[Any, Any]: ...
+    def files_get_metadata(self, path: str) -> Any: ...
+    def files_get_temporary_link(self, path: str) -> Any: ...
+    def files_list_folder(self, path: str, recursive: bool = False) -> Any: ...
+    def files_list_folder_continue(self, cursor: str) -> Any: ...
+    def files_upload(self, f: bytes, path: str) -> Any: ...
+    def files_upload_session_append_v2(
+        self, f: bytes, cursor: Any, close: bool = False
+    ) -> Any: ...
+    def files_upload_session_finish(
+        self, f: bytes, cursor: Any, commit: Any
+    ) -> Any: ...
+    def files_upload_session_start(self, f: bytes, close: bool = False) -> Any: ...
+    def sharing_create_shared_link_with_settings(self, path: str) -> Any: ...
+    def sharing_list_shared_links(self, path: str | None = None) -> Any: ...
+
+# Without django-stubs, the base is Any.
+class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
+    oauth2_access_token: str | None
+    oauth2_refresh_token: str | None
+    app_key: str | None
+    app_secret: str | None
+    root_path: str
+    timeout: float | None
+    write_mode: _WriteMode
+    base_url: str | None
+    shared_links: bool
+    url_cache_timeout: float | None
+    namespace_id: str | None
+    team_member_id: str | None
+    preload_metadata: bool
+
+    CHUNK_SIZE: int
+    CONNECTIONS: int
+    MAX_ATTEMPTS: int
+    MAX_WAIT: float
+    FIRST_WAIT: float
+
+    # Any: deconstructible() passes on what a subclass takes.
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self: ...
+    def __init__(
+        self,
+        oauth2_access_token: str | None = None,
+        *,
+        oauth2_refresh_token: str | None = ...,
+        app_key: str | None = ...,
+        app_secret: str | None = ...,
+        root_path: str = ...,
+        timeout: float | None = ...,
+        write_mode: _WriteMode = ...,
+        base_url: str | None = ...,
+        shared_links: bool = ...,
+        url_cache_timeout: float | None = ...,
+        namespace_id: str | None = ...,
+        team_member_id: str | None = ...,
+        preload_metadata: bool = ...,
+    ) -> None: ...
+    # Any: the arguments of a subclass.
+    def deconstruct(
+        obj,  # pyright: ignore[reportSelfClsParameterName]
+    ) -> tuple[str, tuple[Any, ...], dict[str, Any]]: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __getstate__(self) -> dict[str, object]: ...
+    @property
+    def client(self) -> _Client: ...
+    @client.setter
+    def client(self, client: _Client) -> None: ...
+    # Other modes than these are errors, which the base class cannot say.
+    @overload  # type: ignore[override, unused-ignore]
+    def open(self, name: _Name, mode: _BinaryMode = "rb") -> DropboxFile[bytes]: ...
+    @overload
+    def open(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, name: _Name, mode: _TextMode
+    ) -> DropboxFile[str]: ...
+    # IO[Any]: content may be bytes or text.
+    def save(
+        self, name: _Name | None, content: IO[Any], max_length: int | None = None
+    ) -> str: ...
+    def get_valid_name(self, name: str) -> str: ...
+    def get_alternative_name(self, file_root: str, file_ext: str) -> str: ...
+    def get_available_name(self, name: _Name, max_length: int | None = None) -> str: ...
+    def delete(self, name: _Name) -> None: ...
+    def exists(self, name: _Name) -> bool: ...
+    def listdir(self, path: _Name) -> tuple[list[str], list[str]]: ...
+    def size(self, name: _Name) -> int: ...
+    def url(self, name: _Name | None) -> str: ...
+    def get_modified_time(self, name: _Name) -> datetime: ...
+
+class _Read(Protocol[_AnyStr_co]):
+    def __call__(self, n: int = -1, /) -> _AnyStr_co: ...
+
+class _Write(Protocol[_AnyStr_contra]):
+    def __call__(self, data: _AnyStr_contra, /) -> int: ...
+
+class DropboxFile(File[AnyStr], Generic[AnyStr]):  # type: ignore[misc, unused-ignore]
+    name: str | None
+    mode: str
+    @overload
+    def __init__(
+        self: DropboxFile[bytes],
+        name: _Name,
+        storage: DropboxStorage,
+        mode: _BinaryMode = "rb",
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: DropboxFile[str], name: _Name, storage: DropboxStorage, mode: _TextMode
+    ) -> None: ...
+    @property
+    def size(self) -> int: ...  # type: ignore[override, unused-ignore]
+    # Here it takes no more than the mode, in which a text file stays a text file.
+    def open(self, mode: str | None = None) -> Self: ...  # type: ignore[override, unused-ignore]
+    @property
+    def read(self) -> _Read[AnyStr]: ...
+    @property
+    def write(self) -> _Write[AnyStr]: ...
+    def chunks(self, chunk_size: int | None = None) -> Iterator[AnyStr]: ...
+    def __iter__(self) -> Iterator[AnyStr]: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+    def close(self) -> None: ...
+
+def serve(
+    request: HttpRequest, path: str, storage: str | DropboxStorage = "default"
+) -> HttpResponseBase: ...
