@@ -230,9 +230,9 @@ class DropboxStorage(django_storage.Storage):
     # while they run, collectstatic above all: changes made by others go unseen.
     preload_metadata = _Option("DROPBOX_PRELOAD_METADATA", False, _one_of, True, False)
 
-    # Bytes of one request of an upload, rounded up to whole hash blocks; content of up to
-    # two of them is one request. At 8 MB/s and 50 ms latency 4 MiB spend 90 % of a request
-    # on moving bytes, yet CONNECTIONS of them and the two that wait take only 32 MiB.
+    # Bytes of one request of an upload, rounded up to whole hash blocks; content of up
+    # to two of them is one request. At 8 MB/s and 50 ms latency a request for 4 MiB
+    # spends 90 % of its time on moving bytes, yet those in memory take only 32 MiB.
     CHUNK_SIZE = 4 * MiB
     # Requests in flight for one transfer; Dropbox limits the bandwidth of a connection.
     CONNECTIONS = 6
@@ -259,8 +259,9 @@ class DropboxStorage(django_storage.Storage):
         missing = [name for name in _CREDENTIALS[1:] if not getattr(self, name)]
         if len(missing) in (1, 2):
             raise ImproperlyConfigured(
-                f"{' and '.join(missing)} not set: oauth2_refresh_token, app_key and "
-                "app_secret (or their DROPBOX_* settings) work together; set all or none."
+                f"{' and '.join(missing)} not set: oauth2_refresh_token, app_key "
+                "and app_secret (or their DROPBOX_* settings) work together; set all "
+                "or none."
             )
         self._hide_credentials()
         self._processes = {}
@@ -309,8 +310,8 @@ class DropboxStorage(django_storage.Storage):
     def _connect(self):
         if not (self.oauth2_access_token or self.oauth2_refresh_token):
             raise ImproperlyConfigured(
-                "No Dropbox credentials: set oauth2_refresh_token, app_key and app_secret, "
-                "or oauth2_access_token, as options or as DROPBOX_* settings."
+                "No Dropbox credentials: set oauth2_refresh_token, app_key and "
+                "app_secret, or oauth2_access_token, as options or DROPBOX_* settings."
             )
         if not self.oauth2_refresh_token and self.oauth2_access_token.startswith("sl."):
             logger.warning("oauth2_access_token: %s.", HINTS["expired_access_token"])
@@ -366,7 +367,7 @@ class DropboxStorage(django_storage.Storage):
         return super(DropboxStorage, storage).get_available_name(name, max_length)
 
     def delete(self, name):
-        """Delete the file, or the folder with all that is in it; quiet if it is gone."""
+        """Delete the file, or the folder with all that is in it, if it is there."""
         if not name:
             raise ValueError("The name must be given to delete().")
         path = self._path(name)
@@ -523,7 +524,7 @@ class DropboxStorage(django_storage.Storage):
         return re.sub(r"([?&])dl=\d", r"\1raw=1", link.url)
 
     def _cached(self, method, path, shared, *args):
-        """What Django's cache answers of path; one that is down costs a call, no more."""
+        """What Django's cache answers of path; one that is down costs a call only."""
         client, space = self.client, (self.namespace_id, self.team_member_id)
         account = client._oauth2_refresh_token or client._oauth2_access_token
         key = repr((account, space, shared, path.lower()))
@@ -536,11 +537,11 @@ class DropboxStorage(django_storage.Storage):
     # The door to Dropbox
 
     def _call(self, route, path, *args, work=None, settle=None, **kwargs):
-        """What the SDK's method for the route returns for the arguments, or work(client).
+        """What the SDK's method for the route returns, or work(client).
 
-        The one policy: failures that may pass are repeated, up to MAX_ATTEMPTS and within
-        MAX_WAIT. The rest raise what Django expects, in words that name the path; unless
-        an attempt may have been carried out and only its answer been lost, and
+        The one policy: failures that may pass are repeated, up to MAX_ATTEMPTS and
+        within MAX_WAIT. The rest raise what Django expects, in words that name the path;
+        unless an attempt may have been carried out and only its answer been lost, and
         settle(reason) finds that it was: then that is returned.
         """
         work = work or operator.methodcaller(route.replace("/", "_"), *args, **kwargs)
@@ -576,8 +577,8 @@ class DropboxStorage(django_storage.Storage):
     def _authorized(self, client, expired):
         """A copy of client for one attempt, with a live token.
 
-        The SDK's own retries are off in it: of two policies on top of each other, nobody
-        could say when they end. Nor has the SDK a lock, by which threads refresh once.
+        The SDK's own retries are off in it: of two policies on top of each other,
+        nobody could say when they end. The lock lets many threads refresh once.
         """
         with self._process.lock:
             if expired and expired == client._oauth2_access_token:
@@ -741,9 +742,9 @@ class _ContentHash:
 class _Download(io.RawIOBase):
     """The bytes of a file, from one revision of it.
 
-    Opening makes one request, whose reply holds the metadata and begins the file. Seeking
-    is free until the next read, which begins a new request if it has to. Who has read
-    AHEAD bytes in order has the rest fetched ahead.
+    Opening makes one request, whose reply holds the metadata and begins the file.
+    Seeking is free until the next read, which begins a new request if it has to. Who
+    has read AHEAD bytes in order has the rest fetched ahead.
     """
 
     def __init__(self, storage, path):
@@ -776,7 +777,7 @@ class _Download(io.RawIOBase):
         return len(data)
 
     def _load(self):
-        """Take the next part, or begin anew at the position after a seek or an error."""
+        """Take the next part; after a seek or an error begin anew at the position."""
         if self._position != self._part_at + len(self._part):
             self._parts.close()
             self._parts = self._read_on(self._position)
@@ -789,7 +790,7 @@ class _Download(io.RawIOBase):
         super().close()
 
     def _read_on(self, start):
-        """Yield the bytes from start to the end of the file, which is checked if whole."""
+        """Yield the bytes from start to the end of the file; check them if whole."""
         content = _ContentHash()
         for read in self._stream, self._read_ahead:
             with contextlib.closing(read(start + content.size)) as parts:
@@ -867,8 +868,9 @@ class _Upload(io.RawIOBase):
     """Bytes on their way to Dropbox, which become a file when commit() is called.
 
     Up to two chunks are kept, and sent with the commit. What is more goes into a
-    concurrent upload session while it is being written, with CONNECTIONS chunks in flight
-    at most. Closing without a commit leaves Dropbox as it was, which forgets the session.
+    concurrent upload session while it is being written, with CONNECTIONS chunks in
+    flight at most. Closing without a commit leaves Dropbox as it was; it forgets the
+    session by itself.
     """
 
     def __init__(self, storage, path, mode):
@@ -960,7 +962,7 @@ class _Upload(io.RawIOBase):
             return found
 
     def _send_beyond(self, kept):
-        """Begin to send chunks until that many bytes are left; wait if it is too many."""
+        """Begin to send chunks until that many bytes are left; wait for the oldest."""
         while len(self._buffer) > kept:
             if not self._session:
                 kind = self._files.UploadSessionType.concurrent

@@ -4,7 +4,6 @@ python -m pytest
 python test_dropbox_storage.py demo FILE...
 """
 
-import base64
 import collections
 import contextlib
 import copy
@@ -53,15 +52,14 @@ from django.contrib.staticfiles.storage import staticfiles_storage
 from django.core.cache import cache
 from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
-from django.core.files.base import ContentFile, File
 from django.core.files import storage as django_storage
+from django.core.files.base import ContentFile, File
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.management import call_command
 from django.db import models
 from django.db.migrations.writer import MigrationWriter
 from django.http import FileResponse, Http404
 from django.test import RequestFactory, SimpleTestCase, override_settings
-from django.urls import path
 from django.utils.module_loading import import_string
 
 # The module beside this one, also where both are copied into another package.
@@ -792,18 +790,18 @@ class OptionTests(StorageTestCase):
         with self.raises(
             ImproperlyConfigured,
             "No Dropbox credentials: set oauth2_refresh_token, app_key and app_secret, or "
-            "oauth2_access_token, as options or as DROPBOX_* settings.",
+            "oauth2_access_token, as options or DROPBOX_* settings.",
         ):
             DropboxStorage().exists("a.txt")
 
     def test_root_path_is_tidied(self):
-        for given, root in {
+        for spelling, root in {
             "/a/": "/a",
             "//a//b/.": "/a/b",
             "/": "/",
             "/e\u0301": "/\xe9",
         }.items():
-            self.assertEqual(DropboxStorage(root_path=given).root_path, root)
+            self.assertEqual(DropboxStorage(root_path=spelling).root_path, root)
 
 
 NASTY = ("..", ".", "", "a", "\\", "e\u0301", "\xe9", "ß", "x y", "~", "COM1", "...")
@@ -814,17 +812,17 @@ roots = st.sampled_from(["/", "/root", "/a/b", "/e\u0301"])
 
 class NameTests(StorageTestCase):
     def test_a_name_has_one_form(self):
-        for given, name in {
+        for spelling, name in {
             "e\u0301.txt": "\xe9.txt",
             "dir\\b.txt": "dir/b.txt",
             pathlib.PurePosixPath("dir/c.txt"): "dir/c.txt",
             "./dir//x/../d.txt": "dir/d.txt",
         }.items():
-            with self.subTest(given):
-                self.assertEqual(self.storage._save(given, ContentFile(b"x")), name)
+            with self.subTest(spelling):
+                self.assertEqual(self.storage._save(spelling, ContentFile(b"x")), name)
                 self.assertEqual(self.account.files()[f"/{name}"], b"x")
-                self.assertTrue(self.storage.exists(given))
-                self.assertEqual(self.storage.open(given).read(), b"x")
+                self.assertTrue(self.storage.exists(spelling))
+                self.assertEqual(self.storage.open(spelling).read(), b"x")
 
     def test_no_method_leaves_the_root(self):
         self.account.put("/outside.txt", b"mine")
@@ -891,7 +889,7 @@ class NameTests(StorageTestCase):
         self.assertFalse(self.account.calls)
 
     def test_get_valid_name_mends_what_dropbox_refuses(self):
-        for given, valid in {
+        for spelling, valid in {
             "desktop.ini": "_desktop.ini",
             "Thumbs.DB": "_Thumbs.DB",
             ".dropbox": "_.dropbox",
@@ -902,8 +900,8 @@ class NameTests(StorageTestCase):
             f"{'x' * 300}.jpeg": f"{'x' * 250}.jpeg",
             f"x.{'y' * 300}": f"x.{'y' * 253}",
         }.items():
-            with self.subTest(given):
-                self.assertEqual(self.storage.get_valid_name(given), valid)
+            with self.subTest(spelling):
+                self.assertEqual(self.storage.get_valid_name(spelling), valid)
                 self.assertEqual(self.save(valid), valid)
 
     def test_an_alternative_of_a_long_name_fits(self):
@@ -1973,7 +1971,7 @@ class ServeTests(StorageTestCase):
             self.assertEqual(self.client.get("/files/gone").status_code, 404)
 
 
-urlpatterns = [path("files/<path:path>", module.serve, {"storage": "files"})]
+urlpatterns = [urls.path("files/<path:path>", module.serve, {"storage": "files"})]
 
 
 class PreloadTests(StorageTestCase):
