@@ -540,7 +540,7 @@ class DropboxStorage(django_storage.Storage):
         """What the SDK's method for the route returns, or work(client).
 
         The one policy: failures that may pass are repeated, up to MAX_ATTEMPTS and
-        within MAX_WAIT. The rest raise what Django expects, in words that name the path;
+        within MAX_WAIT. The rest raise what Django expects, and name the path;
         unless an attempt may have been carried out and only its answer been lost, and
         settle(reason) finds that it was: then that is returned.
         """

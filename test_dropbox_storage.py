@@ -39,6 +39,7 @@ import dropbox
 import hypothesis
 import requests
 import urllib3
+from django import urls
 from django.conf import settings
 from hypothesis import given
 from hypothesis import strategies as st
