@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import gc
 import hashlib
 import importlib
@@ -48,8 +49,8 @@ if not settings.configured:
     settings.configure(SECRET_KEY="for tests")
     django.setup()
 
+from django.contrib.staticfiles import storage as staticfiles
 from django.contrib.staticfiles.finders import get_finder
-from django.contrib.staticfiles.storage import staticfiles_storage
 from django.core.cache import cache
 from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
@@ -77,6 +78,7 @@ BLOCK = 4 * MiB
 # The fake Dropbox
 
 
+@functools.lru_cache(maxsize=100)
 def content_hash(data):
     """Straight from https://www.dropbox.com/developers/reference/content-hash."""
     blocks = [data[i : i + BLOCK] for i in range(0, len(data), BLOCK)]
@@ -269,7 +271,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         if fault == "truncate":
             data = data[: len(data) // 2]
         if fault == "corrupt":
-            data = data[:-1] + bytes([data[-1] ^ 1])
+            data = bytes([data[0] ^ 1]) + data[1:]
         return status, headers, data
 
     def authenticate(self, authorization):
@@ -2055,7 +2057,9 @@ class PreloadTests(StorageTestCase):
 
     def collect(self, **options):
         """Run collectstatic as in a new process; return its number of calls."""
-        staticfiles_storage._wrapped = self.account.connect(DropboxStorage())
+        staticfiles.staticfiles_storage._wrapped = self.account.connect(
+            DropboxStorage()
+        )
         with self.account.counting() as calls:
             call_command("collectstatic", interactive=False, verbosity=0, **options)
         return sum(calls.values())
@@ -2101,6 +2105,211 @@ class PreloadTests(StorageTestCase):
                 self.assertEqual(self.account.files(), {**files, name: b"changed"})
                 self.collect(clear=True)
                 self.assertEqual(self.account.files(), {**files, name: b"changed"})
+
+
+# Every operation under every fault
+
+LARGE = random.Random(6).randbytes(9 * MiB)
+HUGE = random.Random(7).randbytes(20 * MiB)
+
+
+def write(storage):
+    with storage.open("a", "wb") as file:
+        file.write(b"written")
+
+
+def read(name):
+    def act(storage):
+        with storage.open(name) as file:
+            return hashlib.sha256(file.read()).hexdigest()
+
+    return act
+
+
+def save(name, content):
+    return lambda storage: storage.save(name, ContentFile(content))
+
+
+# What is done: the storage's options, and the operation, whose result is compared.
+OPERATIONS = {
+    "save": ({}, save("new", b"new")),
+    "save large": ({}, save("new", LARGE)),
+    "save a taken name": (
+        {},
+        lambda storage: storage._save("a", ContentFile(b"x"))[:2],
+    ),
+    "overwrite": ({"write_mode": "overwrite"}, save("a", b"new")),
+    "overwrite large": ({"write_mode": "overwrite"}, save("a", LARGE)),
+    "update": ({"write_mode": "update"}, save("a", b"new")),
+    "update large": ({"write_mode": "update"}, save("a", LARGE)),
+    "write": ({}, write),
+    "read": ({}, read("a")),
+    "read huge": ({}, read("huge")),
+    "exists": ({}, lambda storage: (storage.exists("a"), storage.exists("none"))),
+    "size": ({}, lambda storage: storage.size("a")),
+    "time": ({}, lambda storage: storage.get_modified_time("a")),
+    "list": ({}, lambda storage: storage.listdir("dir")),
+    "delete": ({}, lambda storage: storage.delete("a")),
+    "delete a folder": ({}, lambda storage: storage.delete("dir")),
+    "link": ({}, lambda storage: storage.url("a")[:30]),
+    "shared link": ({"shared_links": True}, lambda storage: storage.url("a")),
+    "preload": ({"preload_metadata": True}, lambda storage: storage.listdir("dir")),
+}
+TRANSIENT = ("500", "502", "503", "503_after", "429", "429_text", "too_many_writes")
+TRANSIENT += (
+    "reset",
+    "reset_after",
+    "stall",
+    "tls",
+    "html",
+    "garbage",
+    "expired_token",
+)
+PERMANENT = ("invalid_token", "missing_scope", "suspended", "bad_input")
+# Those that only some routes know.
+BUSY = {
+    "files/upload": "/path/too_many_write_operations",
+    "files/upload_session/finish": "/too_many_write_operations",
+    "files/delete_v2": "/too_many_write_operations",
+}
+REFUSALS = {
+    "files/upload": (
+        "/path/insufficient_space",
+        "/path/no_write_permission",
+        "/path/disallowed_name",
+        "/path/malformed_path",
+    ),
+    "files/upload_session/append_v2": ("session_lost", "/payload_too_large"),
+    "files/upload_session/finish": ("session_lost", "/path/insufficient_space"),
+    "files/delete_v2": ("/path_write/no_write_permission", "/too_many_files"),
+    "files/download": ("/path/restricted_content",),
+    "files/get_metadata": ("/path/restricted_content",),
+    "files/get_temporary_link": ("/unsupported_file",),
+    "oauth2/token": (),
+}
+
+
+class FaultTests(StorageTestCase):
+    """One operation, one fault: at each of its routes, first and later, once and more."""
+
+    def run_one(self, operation, *faults):
+        """The account afterwards, the result or the exception, and the calls."""
+        options, act = OPERATIONS[operation]
+        cache.clear()
+        account = FakeAccount(page_size=2)
+        account.put("/a", b"old")
+        account.put("/huge", HUGE)
+        for i in range(5):
+            account.put(f"/dir/{i}")
+        for entry in account.entries.values():
+            entry.modified = "2024-07-01T12:00:00Z"
+        storage = account.storage(
+            **REFRESHING, **{"oauth2_access_token": None}, **options
+        )
+        for fault in faults:
+            account.fail(*fault)
+        try:
+            result = act(storage)
+        except Exception as error:
+            result = error
+        return account, result, account.calls
+
+    def same(self, operation, account, expected):
+        files, kept = account.files(), expected.files()
+        if operation == "save a taken name":  # the other name is another one each time
+            files, kept = sorted(files.values()), sorted(kept.values())
+        self.assertTrue(files == kept, f"{[*account.files()]}")
+
+    def cells(self, operation):
+        account, result, clean = self.run_one(operation)
+        self.assertNotIsInstance(result, Exception)
+        for route, count in clean.items():
+            for nth in (1, count)[:count]:
+                yield account, result, clean, route, nth
+
+    def test_what_passes_is_survived(self):
+        for operation in OPERATIONS:
+            for expected, result, clean, route, nth in self.cells(operation):
+                faults = [*TRANSIENT, BUSY.get(route)]
+                if route.startswith("files/upload"):
+                    faults.append("corrupt")
+                if route == "files/download":
+                    faults.append("truncate")
+                for fault, times in itertools.product(filter(None, faults), (1, 3)):
+                    with self.subTest(f"{operation}: {route} {nth} {fault} x {times}"):
+                        fails = (route, fault, nth, times)
+                        account, found, calls = self.run_one(operation, fails)
+                        if isinstance(found, Exception):
+                            raise found
+                        self.assertEqual(found, result)
+                        self.same(operation, account, expected)
+                        left = len(account.sessions) - len(expected.sessions)
+                        self.assertLessEqual(left, times)
+                        more = sum(calls.values()) - sum(clean.values())
+                        self.assertLessEqual(more, 2 * times + 1)
+
+    def test_what_does_not_pass_is_reported_at_once(self):
+        for operation in OPERATIONS:
+            for _, _, clean, route, nth in self.cells(operation):
+                for fault in (*PERMANENT, *REFUSALS.get(route, ())):
+                    with self.subTest(f"{operation}: {route} {nth} {fault}"):
+                        account, found, calls = self.run_one(
+                            operation, (route, fault, nth, 999)
+                        )
+                        self.assertIsInstance(found, DropboxStorageException)
+                        self.assertNotIn("attempts", str(found))
+                        self.assertLessEqual(calls[route], clean[route] + 1)
+                        self.assertEqual(account.files()["/a"], b"old")
+                        self.assertNotIn("/new", account.files())
+
+    def test_what_lasts_is_reported_with_nothing_lost(self):
+        for operation in OPERATIONS:
+            for _, _, _, route, nth in self.cells(operation):
+                for fault in ("503", "429", "reset", "stall"):
+                    with self.subTest(f"{operation}: {route} {nth} {fault}"):
+                        account, found, calls = self.run_one(
+                            operation, (route, fault, nth, 999)
+                        )
+                        self.assertIsInstance(found, DropboxStorageException)
+                        self.assertIn("6 attempts", str(found))
+                        self.assertEqual(account.files()["/a"], b"old")
+                        self.assertNotIn("/new", account.files())
+
+    def test_wrong_bytes_are_never_taken_for_the_file(self):
+        for operation in ("read", "read huge"):
+            for _, _, _, route, nth in self.cells(operation):
+                if route == "files/download":
+                    found = self.run_one(operation, (route, "corrupt", nth))[1]
+                    self.assertIsInstance(found, DropboxStorageException)
+                    self.assertEqual(found.reason, "content_hash_mismatch")
+
+    def test_a_lost_commit_that_failed_is_not_taken_for_done(self):
+        """The answer is lost, and then someone else's file is what is found."""
+        for size in (5, len(LARGE)):
+            account = FakeAccount()
+            storage = account.storage(write_mode="update")
+            account.put("/a", b"old")
+            account.fail("files/upload", "reset")
+            account.fail("files/upload_session/finish", "reset")
+            content = Unsized(LARGE[:size])
+            once = content.chunks
+
+            def chunks(once=once, account=account):
+                yield from once()
+                account.put("/a", b"theirs")
+
+            content.chunks = chunks
+            with self.assertRaises(DropboxStorageException):
+                storage.save("a", content)
+            self.assertEqual(account.files(), {"/a": b"theirs"})
+
+    def test_no_thread_is_left_behind(self):
+        threads = threading.active_count()
+        for operation in ("save large", "read huge"):
+            for _, _, _, route, nth in self.cells(operation):
+                for fault in ("missing_scope", "503"):
+                    self.run_one(operation, (route, fault, nth, 999))
+        self.assertEqual(threading.active_count(), threads)
 
 
 # The demo

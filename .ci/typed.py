@@ -1,0 +1,47 @@
+"""What a type checker must accept of dropbox_storage, and what it must refuse."""
+
+from datetime import datetime
+
+from typing_extensions import assert_type
+
+from dropbox_storage import DropboxFile, DropboxStorage, DropboxStorageException
+
+storage = DropboxStorage("token", root_path="/media", write_mode="update", timeout=None)
+refreshing = DropboxStorage(
+    oauth2_refresh_token="token", app_key="key", app_secret="secret"
+)
+
+
+class Media(DropboxStorage):
+    root_path = "/media"
+    write_mode = "overwrite"
+
+
+assert_type(storage.open("a"), DropboxFile[bytes])
+assert_type(storage.open("a", "wb"), DropboxFile[bytes])
+assert_type(storage.open("a", "r"), DropboxFile[str])
+assert_type(storage.open("a").read(), bytes)
+assert_type(storage.open("a", "r").read(5), str)
+with storage.open("a", "w") as file:
+    assert_type(file, DropboxFile[str])
+    file.write("text")
+assert_type(Media().open("a").open().size, int)
+assert_type(storage.listdir("."), tuple[list[str], list[str]])
+assert_type(storage.get_modified_time("a"), datetime)
+assert_type(storage.url(None), str)
+assert_type(DropboxStorageException("text").reason, str)
+assert_type(storage == refreshing, bool)
+storage.CHUNK_SIZE = 8 * 1024 * 1024
+refreshing.client = storage.client
+
+# Each of these lines must be an error; an ignore that is not needed is one, too.
+DropboxStorage(token="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+DropboxStorage(write_mode="append")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+DropboxStorage(timeout="9")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+DropboxStorage("a", "b")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+storage.write_mode = "append"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+storage.open("a", "r+")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
+storage.open("a").write("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+storage.open("a", "w").write(b"x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+storage.exists(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+storage.client.files_download(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
