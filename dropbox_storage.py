@@ -876,6 +876,7 @@ class _Upload(io.RawIOBase):
     def __init__(self, storage, path, mode):
         from dropbox import files
 
+        self._pool = ThreadPoolExecutor(storage.CONNECTIONS, "dropbox_storage")
         self._storage, self.path, self.mode, self._files = storage, path, mode, files
         self._target = {"mode": files.WriteMode.add, "strict_conflict": True}
         if mode == "overwrite":
@@ -887,7 +888,6 @@ class _Upload(io.RawIOBase):
         self._chunk_size = -(-storage.CHUNK_SIZE // HASH_BLOCK) * HASH_BLOCK
         self._content, self._buffer = _ContentHash(), bytearray()
         self._session, self._offset, self._sending = None, 0, []
-        self._pool = ThreadPoolExecutor(storage.CONNECTIONS, "dropbox_storage")
 
     @property
     def size(self):
