@@ -44,6 +44,7 @@ from django import urls
 from django.conf import settings
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 if not settings.configured:
     settings.configure(SECRET_KEY="for tests")
@@ -2310,6 +2311,127 @@ class FaultTests(StorageTestCase):
                 for fault in ("missing_scope", "503"):
                     self.run_one(operation, (route, fault, nth, 999))
         self.assertEqual(threading.active_count(), threads)
+
+
+# By name, as hypothesis would spell out what is large.
+CONTENTS = {"empty": b"", "small": b"one", "other": b"two", "large": LARGE}
+
+
+class AccountMachine(RuleBasedStateMachine):
+    """Any sequence of operations and faults leaves the account as it must be."""
+
+    some = st.sampled_from(["a", "A", "b", "d/a", "D/b", "d/e\u0301", "d/\xe9"])
+    contents = st.sampled_from(["empty", "small", "other", "large"])
+
+    def __init__(self):
+        super().__init__()
+        cache.clear()
+        self.account, self.model = FakeAccount(page_size=2), {}
+        self.add = self.account.storage()
+        self.overwrite = self.account.storage(write_mode="overwrite")
+        self.update = self.account.storage(write_mode="update")
+
+    def key(self, name):
+        return "/" + unicodedata.normalize("NFC", name).lower()
+
+    @contextlib.contextmanager
+    def refusing(self, missing=None):
+        """A permanent fault is reported and changes nothing, as is a missing file."""
+        permanent = any(fault[1] in PERMANENT for fault in self.account.faults)
+        try:
+            yield
+        except DropboxStorageException:
+            assert permanent
+        except FileNotFoundError:
+            assert missing and missing not in self.model
+
+    @rule(
+        route=st.sampled_from(["*", "files/upload", "files/upload_session/finish"]),
+        fault=st.sampled_from([f for f in TRANSIENT if f != "expired_token"]),
+        nth=st.integers(1, 2),
+        times=st.integers(1, 3),
+    )
+    def fail(self, route, fault, nth, times):
+        self.account.faults.clear()
+        self.account.fail(route, fault, nth, times)
+
+    @rule(fault=st.sampled_from(PERMANENT), nth=st.integers(1, 3))
+    def refuse(self, fault, nth):
+        self.account.faults.clear()
+        self.account.fail("*", fault, nth, 99)
+
+    @rule()
+    def recover(self):
+        self.account.faults.clear()
+
+    @rule(name=some, content=contents)
+    def another_device_writes(self, name, content):
+        self.account.put(f"/{name}", CONTENTS[content])
+        self.model[self.key(name)] = CONTENTS[content]
+
+    @rule(name=some, content=contents)
+    def save(self, name, content):
+        with self.refusing():
+            saved = self.add.save(name, ContentFile(CONTENTS[content]))
+            assert self.key(saved) not in self.model
+            self.model[self.key(saved)] = CONTENTS[content]
+
+    @rule(name=some, content=contents, mode=st.sampled_from(["overwrite", "update"]))
+    def replace(self, name, content, mode):
+        with self.refusing():
+            assert getattr(self, mode).save(
+                name, ContentFile(CONTENTS[content])
+            ) == name_of(name)
+            self.model[self.key(name)] = CONTENTS[content]
+
+    @rule(name=some, content=contents, breaks=st.booleans())
+    def write(self, name, content, breaks):
+        with self.refusing(), contextlib.suppress(ZeroDivisionError):
+            with self.add.open(name, "wb") as file:
+                file.write(CONTENTS[content])
+                assert not breaks or 1 / 0
+            self.model[self.key(name)] = CONTENTS[content]
+
+    @rule(name=some)
+    def delete(self, name):
+        with self.refusing():
+            self.add.delete(name)
+            self.model.pop(self.key(name), None)
+
+    @rule(name=some)
+    def look(self, name):
+        key = self.key(name)
+        with self.refusing(key):
+            assert self.add.exists(name) == (key in self.model)
+            assert self.add.size(name) == len(self.model[key])
+            assert self.add.url(name) in self.account.links
+
+    @rule(name=some)
+    def read(self, name):
+        with self.refusing(self.key(name)), self.add.open(name) as file:
+            assert file.read() == self.model[self.key(name)]
+
+    @rule()
+    def list(self):
+        with self.refusing():
+            folders, files = self.add.listdir("")
+            found = {self.key(name) for name in files}
+            assert found == {key for key in self.model if "/" not in key[1:]}
+
+    @invariant()
+    def the_account_holds_what_it_must(self):
+        files = self.account.files()
+        assert {path.lower(): data for path, data in files.items()} == self.model
+
+
+def name_of(name):
+    return unicodedata.normalize("NFC", name)
+
+
+AccountMachineTests = AccountMachine.TestCase
+AccountMachineTests.settings = hypothesis.settings(
+    max_examples=100, stateful_step_count=30, deadline=None
+)
 
 
 # The demo
