@@ -815,15 +815,16 @@ class _Download(io.RawIOBase):
                 for start in starts:
                     ahead.append(pool.submit(self._fetch, start))
                     if len(ahead) == self._storage.CONNECTIONS:
-                        yield ahead.pop(0).result()
-                yield from (block.result() for block in ahead)
+                        yield from ahead.pop(0).result()
+                for block in ahead:
+                    yield from block.result()
             finally:
                 self._closing = True
 
     def _fetch(self, start):
         stop = min(start + AHEAD, self.size)
         with contextlib.closing(self._stream(start, stop)) as stream:
-            return b"".join(itertools.takewhile(lambda part: not self._closing, stream))
+            return list(itertools.takewhile(lambda part: not self._closing, stream))
 
     def _stream(self, start, stop=None):
         """Yield the bytes from start to stop; a reply that is cut off is continued."""

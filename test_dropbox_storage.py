@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import traceback
+import tracemalloc
 import unicodedata
 import unittest
 import warnings
@@ -2106,6 +2107,60 @@ class PreloadTests(StorageTestCase):
                 self.assertEqual(self.account.files(), {**files, name: b"changed"})
                 self.collect(clear=True)
                 self.assertEqual(self.account.files(), {**files, name: b"changed"})
+
+
+class SinkAccount(FakeAccount):
+    """Takes uploads without keeping them: all blocks are ZEROS."""
+
+    def files_upload_session_append_v2(self, argument, body):
+        with self.lock:
+            self.bytes_kept = getattr(self, "bytes_kept", 0) + len(body)
+
+    def files_upload_session_finish(self, argument, body):
+        digests = hashlib.sha256(ZEROS).digest() * (self.bytes_kept // BLOCK)
+        found = Entry("/big", b"", "0123456789", "2024-07-01T12:00:00Z").metadata()
+        found["content_hash"] = hashlib.sha256(digests).hexdigest()
+        return {**found, "size": self.bytes_kept}
+
+
+ZEROS = bytes(BLOCK)
+
+
+class MemoryTests(StorageTestCase):
+    """However large a file is, it is never in memory as a whole."""
+
+    limit = 48 * MiB
+
+    def peak(self, act):
+        tracemalloc.start()
+        try:
+            act()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def test_saving(self):
+        account = SinkAccount()
+        storage = account.storage()
+        for chunk in (ZEROS, ZEROS[: 64 * 1024]):
+            content = Unsized()
+            content.chunks = lambda: itertools.repeat(chunk, 128 * MiB // len(chunk))
+            account.bytes_kept = 0
+            peak = self.peak(lambda: storage.save("big", content))
+            self.assertEqual(account.bytes_kept, 128 * MiB)
+            self.assertLess(peak, self.limit)
+        one = ContentFile(ZEROS * 32)  # yields all its bytes at once
+        account.bytes_kept = 0
+        self.assertLess(self.peak(lambda: storage.save("big", one)), self.limit)
+
+    def test_reading(self):
+        self.account.put("/big", ZEROS * 32)
+
+        def read():
+            with self.storage.open("big") as file:
+                self.assertEqual(sum(map(len, file.chunks())), 128 * MiB)
+
+        self.assertLess(self.peak(read), self.limit)
 
 
 # Every operation under every fault
