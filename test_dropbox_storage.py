@@ -20,6 +20,7 @@ import logging
 import os
 import pathlib
 import pickle
+import posixpath
 import random
 import re
 import subprocess
@@ -29,6 +30,7 @@ import threading
 import time
 import traceback
 import tracemalloc
+import types
 import unicodedata
 import unittest
 import warnings
@@ -48,11 +50,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 if not settings.configured:
-    settings.configure(SECRET_KEY="for tests")
+    apps = ["django.contrib.auth", "django.contrib.contenttypes"]
+    settings.configure(SECRET_KEY="for tests", INSTALLED_APPS=apps)
     django.setup()
 
+from django.contrib.auth.decorators import login_required
 from django.contrib.staticfiles import storage as staticfiles
 from django.contrib.staticfiles.finders import get_finder
+from django.contrib.staticfiles.storage import ManifestFilesMixin
 from django.core.cache import cache
 from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
@@ -62,7 +67,10 @@ from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.management import call_command
 from django.db import models
 from django.db.migrations.writer import MigrationWriter
+from django.db.models.fields.files import FieldFile
+from django.forms import ClearableFileInput
 from django.http import FileResponse, Http404
+from django.templatetags.static import static
 from django.test import RequestFactory, SimpleTestCase, override_settings
 from django.utils.module_loading import import_string
 
@@ -1959,24 +1967,98 @@ class ServeTests(StorageTestCase):
         self.storage.shared_links = True
         self.assertIn("/apitl/", self.get("dir/a b.jpg")["Location"])
 
-    @unittest.skipIf(django.VERSION < (4, 2), "aliases came with Django 4.2")
-    def test_a_storage_by_its_alias_behind_a_login(self):
-        backend = {"BACKEND": f"{module.__name__}.DropboxStorage"}
+    def browse(self, url, **storages):
+        """What Django's test client gets from urlpatterns with these storages."""
+        backend = f"{module.__name__}.DropboxStorage"
         options = {"oauth2_access_token": "valid-token", "base_url": "/files/"}
+        files = {"BACKEND": backend, "OPTIONS": options}
         with override_settings(
-            STORAGES={"default": backend, "files": {**backend, "OPTIONS": options}},
+            STORAGES={"default": {"BACKEND": backend}, "files": files},
+            DROPBOX_OAUTH2_TOKEN="valid-token",
             ROOT_URLCONF=__name__,
             LOGIN_URL="/login/",
-            MIDDLEWARE=[],
+            ALLOWED_HOSTS=["testserver"],
+            MIDDLEWARE=[f"{__name__}.nobody_is_logged_in"],
         ):
+            self.account.connect(django_storage.default_storage)
             self.account.connect(django_storage.storages["files"])
-            url = django_storage.storages["files"].url("dir/a b.jpg")
-            response = self.client.get(url)
+            return self.client.get(url)
+
+    @unittest.skipIf(django.VERSION < (4, 2), "aliases came with Django 4.2")
+    def test_it_serves_the_default_storage_and_those_named_by_an_alias(self):
+        for url in ("/default/dir/a%20b.jpg", "/files/dir/a%20b.jpg"):
+            response = self.browse(url)
             self.assertEqual(self.account.links[response["Location"]], b"12345")
-            self.assertEqual(self.client.get("/files/gone").status_code, 404)
+        self.assertEqual(self.browse("/files/gone").status_code, 404)
+
+    @unittest.skipIf(django.VERSION < (4, 2), "aliases came with Django 4.2")
+    def test_an_anonymous_visitor_is_sent_to_the_login(self):
+        response = self.browse("/private/dir/a%20b.jpg")
+        self.assertEqual(response["Location"], "/login/?next=/private/dir/a%2520b.jpg")
+        self.assertEqual(self.account.calls["files/get_temporary_link"], 0)
+
+    def test_a_page_and_a_form_link_the_file_without_a_call(self):
+        field = models.FileField(storage=self.storage)
+        file = FieldFile(None, field, "dir/a b.jpg")
+        self.assertEqual(file.url, "/media/dir/a%20b.jpg")
+        widget = ClearableFileInput().render("file", file)
+        self.assertIn('<a href="/media/dir/a%20b.jpg">dir/a b.jpg</a>', widget)
+        self.assertFalse(self.account.calls)
+
+    def test_the_form_of_an_object_whose_file_is_gone_still_opens(self):
+        field = models.FileField(storage=self.account.storage())
+        with self.assertLogs("dropbox_storage", "WARNING"):
+            widget = ClearableFileInput().render("file", FieldFile(None, field, "gone"))
+        self.assertIn('<input type="file" name="file"', widget)
 
 
-urlpatterns = [urls.path("files/<path:path>", module.serve, {"storage": "files"})]
+def nobody_is_logged_in(get_response):
+    def middleware(request):
+        request.user = types.SimpleNamespace(is_authenticated=False)
+        return get_response(request)
+
+    return middleware
+
+
+urlpatterns = [
+    urls.path("default/<path:path>", module.serve),
+    urls.path("files/<path:path>", module.serve, {"storage": "files"}),
+    urls.path("private/<path:path>", login_required(module.serve)),
+]
+
+
+class ManifestStorage(ManifestFilesMixin, DropboxStorage):
+    """Reads its manifest when it is built: a test gives the class a client before."""
+
+    base_url = "/static/"
+    root_path = "/static"
+
+
+class ManifestTests(StorageTestCase):
+    @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
+    def test_collectstatic_gives_hashed_names(self):
+        backend = {"BACKEND": f"{__name__}.ManifestStorage"}
+        with tempfile.TemporaryDirectory() as folder:
+            pathlib.Path(folder, "a.css").write_text("body { background: url(b.png) }")
+            pathlib.Path(folder, "b.png").write_bytes(b"picture")
+            with override_settings(
+                INSTALLED_APPS=["django.contrib.staticfiles"],
+                STATIC_URL="/static/",
+                STATICFILES_DIRS=[folder],
+                STORAGES={"default": backend, "staticfiles": backend},
+            ):
+                get_finder.cache_clear()
+                ManifestStorage.client = FakeDropbox(self.account)
+                call_command("collectstatic", interactive=False, verbosity=0)
+                names = sorted(self.account.files())
+                self.assertRegex(
+                    " ".join(names),
+                    r"^/static/a\.\w{12}\.css /static/a.css /static/b\.\w{12}\.png "
+                    r"/static/b.png /static/staticfiles.json$",
+                )
+                self.assertEqual(static("a.css"), names[0])
+                hashed = posixpath.basename(names[2]).encode()
+                self.assertIn(hashed, self.account.files()[names[0]])
 
 
 class PreloadTests(StorageTestCase):
