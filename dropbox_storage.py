@@ -272,7 +272,8 @@ class DropboxStorage(django_storage.Storage):
         args, kwargs = self._constructor_args
         args = tuple(None if arg in secrets else arg for arg in args)
         kwargs = {k: v for k, v in kwargs.items() if v not in secrets}
-        self._constructor_args = (args if any(args) else (), kwargs)
+        args = () if args == (None,) else args
+        self._constructor_args = (args, kwargs)
 
     def __eq__(self, other):
         # What migrations compare: deconstruct(), without its check of the import path.
@@ -486,8 +487,7 @@ class DropboxStorage(django_storage.Storage):
 
     def _note(self, path, metadata):
         """Keep true what is remembered: metadata is at path now, or nothing if None."""
-        self._cached("delete", path, False)
-        self._cached("delete", path, True)
+        self._cache("delete_many", [self._link_key(path, x) for x in (False, True)])
         with self._process.lock:
             listing = {} if self._process.listing is None else self._process.listing
             for known in [k for k in listing if f"{k}/".startswith(f"{path.lower()}/")]:
@@ -501,11 +501,13 @@ class DropboxStorage(django_storage.Storage):
 
     def _link(self, path, shared=False):
         """A link to the file and when it was made, in seconds since the epoch."""
-        entry = self._cached("get", path, shared) if self.url_cache_timeout else None
+        key, entry = self._link_key(path, shared), None
+        if self.url_cache_timeout:
+            entry = self._cache("get", key)
         if not entry:
             link = self._shared_link(path) if shared else self._temporary_link(path)
             entry = (link, time.time())
-            self._cached("set", path, shared, entry, self.url_cache_timeout or 0)
+            self._cache("set", key, entry, self.url_cache_timeout or 0)
         return entry
 
     def _temporary_link(self, path):
@@ -523,14 +525,16 @@ class DropboxStorage(django_storage.Storage):
             link = self._call(route, path, path, direct_only=True).links[0]
         return re.sub(r"([?&])dl=\d", r"\1raw=1", link.url)
 
-    def _cached(self, method, path, shared, *args):
-        """What Django's cache answers of path; one that is down costs a call only."""
+    def _link_key(self, path, shared):
         client, space = self.client, (self.namespace_id, self.team_member_id)
         account = client._oauth2_refresh_token or client._oauth2_access_token
-        key = repr((account, space, shared, path.lower()))
-        key = f"dropbox_storage:{hashlib.sha256(key.encode()).hexdigest()}"
+        digest = hashlib.sha256(repr((account, space, shared, path.lower())).encode())
+        return f"dropbox_storage:{digest.hexdigest()}"
+
+    def _cache(self, method, *args):
+        """What the cache answers; one that is down costs a call, but is no error."""
         try:
-            return getattr(cache, method)(key, *args)
+            return getattr(cache, method)(*args)
         except Exception as error:
             logger.warning("Cannot keep links in the cache: %s.", type(error).__name__)
 
@@ -559,19 +563,16 @@ class DropboxStorage(django_storage.Storage):
                 wait = max(backoff, getattr(error, "backoff", None) or 0)
                 if client._oauth2_refresh_token and "expired_access_token" in reason:
                     wait, expired = 0, authorized._oauth2_access_token
-                again = unanswered or status == 429 or reason.endswith(BUSY) or not wait
-                waited = time.monotonic() - failed_at
-                if (
-                    again
-                    and attempt < self.MAX_ATTEMPTS
-                    and waited + wait < self.MAX_WAIT
-                ):
+                passing = unanswered or status == 429 or reason.endswith(BUSY)
+                passing, waited = passing or not wait, time.monotonic() - failed_at
+                left = attempt < self.MAX_ATTEMPTS and waited + wait < self.MAX_WAIT
+                if passing and left:
                     time.sleep(wait)
                     continue
                 if lost and settle and (result := settle(reason)):
                     return result
                 pauses = f"{attempt} attempts, {waited:.0f} s, next after {wait:.0f} s"
-                tried = f" ({pauses})" if again else ""
+                tried = f" ({pauses})" if passing else ""
                 raise self._failure(error, route, path, tried) from error
 
     def _authorized(self, client, expired):
@@ -597,10 +598,9 @@ class DropboxStorage(django_storage.Storage):
         for code, ends in OS_ERRORS.items():
             if reason.endswith(ends):
                 return _os_error(code, f"{route}: {reason}", path)
-        secrets = filter(
-            None, [getattr(self.client, f"_{name}") for name in _CREDENTIALS]
-        )
-        if any(secret in f"{error.args} {vars(error)}" for secret in secrets):
+        secrets = [getattr(self.client, f"_{name}") for name in _CREDENTIALS]
+        shown = f"{error.args} {vars(error)}"
+        if any(secret and secret in shown for secret in secrets):
             error.args, error.body, error.message = (), "", ""  # a malformed token
         body = "" if hasattr(error, "error") else getattr(error, "body", error)
         said = f"{reason} {body}".strip()[:500]
@@ -898,6 +898,8 @@ class _Upload(io.RawIOBase):
         return True
 
     def write(self, data):
+        if self.closed:
+            raise ValueError(f"{self.path!r} is closed; nothing can be written to it.")
         view = memoryview(data).cast("B")
         for start in range(0, len(view), self._chunk_size):
             piece = view[start : start + self._chunk_size]

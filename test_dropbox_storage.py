@@ -694,7 +694,10 @@ class FakeDropboxTests(unittest.TestCase):
 # The storage
 
 
-@override_settings(USE_TZ=True)
+@override_settings(
+    USE_TZ=True,
+    CACHES={"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}},
+)
 class StorageTestCase(SimpleTestCase):
     """Tests of one storage on one fake account."""
 
@@ -1214,6 +1217,8 @@ class FileTests(StorageTestCase):
             file.close()
             file.close()
             self.assertTrue(file.closed)
+            with self.assertRaises(ValueError):
+                file.write("late" if text else b"late")
             self.assertEqual(self.account.files(), {"/a.txt": b"new"})
 
     def test_an_exception_in_the_block_drops_what_was_written(self):
@@ -1902,7 +1907,7 @@ class BrokenCache(BaseCache):
     def get(self, *args, **kwargs):
         raise ConnectionError("redis://user:password@cache.example is down")
 
-    set = delete = get
+    set = delete_many = get
 
 
 class ServeTests(StorageTestCase):
@@ -1928,11 +1933,10 @@ class ServeTests(StorageTestCase):
         self.storage.url_cache_timeout = 14400
         self.get("dir/a b.jpg")
         ages = []
+        (key,) = (key.partition(":1:")[2] for key in cache._cache)
+        link, made = cache.get(key)
         for age in (0, 7200, 14390):
-            link, made = self.storage._link("/dir/a b.jpg")
-            self.storage._cached(
-                "set", "/dir/a b.jpg", False, (link, time.time() - age), 99
-            )
+            cache.set(key, (link, made - age))
             response = self.get("dir/a b.jpg")
             ages.append(int(response["Cache-Control"].partition("max-age=")[2]))
         for age, limit in zip(ages, (14400, 7200, 10)):
