@@ -27,7 +27,6 @@ import io
 import itertools
 import json
 import logging
-import operator
 import os
 import posixpath
 import random
@@ -501,12 +500,11 @@ class DropboxStorage(django_storage.Storage):
 
     def _link(self, path, shared=False):
         """A link to the file and when it was made, in seconds since the epoch."""
-        key, entry = self._link_key(path, shared), None
-        if self.url_cache_timeout:
-            entry = self._cache("get", key)
+        key = self._link_key(path, shared)
+        entry = self._cache("get", key) if self.url_cache_timeout else None
         if not entry:
-            link = self._shared_link(path) if shared else self._temporary_link(path)
-            entry = (link, time.time())
+            make = self._shared_link if shared else self._temporary_link
+            entry = (make(path), time.time())
             self._cache("set", key, entry, self.url_cache_timeout or 0)
         return entry
 
@@ -548,7 +546,8 @@ class DropboxStorage(django_storage.Storage):
         unless an attempt may have been carried out and only its answer been lost, and
         settle(reason) finds that it was: then that is returned.
         """
-        work = work or operator.methodcaller(route.replace("/", "_"), *args, **kwargs)
+        method = route.replace("/", "_")
+        work = work or (lambda client: getattr(client, method)(*args, **kwargs))
         authorized = client = self.client
         lost, expired, failed_at = False, None, None
         for attempt in itertools.count(1):
@@ -931,13 +930,8 @@ class _Upload(io.RawIOBase):
 
     def _put(self):
         try:
-            return self._post(
-                "files/upload",
-                bytes(self._buffer),
-                self.path,
-                settle=self._find,
-                **self._target,
-            )
+            data = bytes(self._buffer)
+            return self._commit("files/upload", data, self.path, **self._target)
         except OSError as error:
             # Dropbox has kept the data, in a session that can be finished elsewhere.
             self._session = error.__cause__.error.get_path().upload_session_id
@@ -953,9 +947,10 @@ class _Upload(io.RawIOBase):
             self._buffer.clear()
         cursor = self._files.UploadSessionCursor(self._session, self.size)
         commit = self._files.CommitInfo(self.path, **self._target)
-        return self._post(
-            "files/upload_session/finish", b"", cursor, commit, settle=self._find
-        )
+        return self._commit("files/upload_session/finish", b"", cursor, commit)
+
+    def _commit(self, route, data, *args, **kwargs):
+        return self._post(route, data, *args, settle=self._find, **kwargs)
 
     def _find(self, reason):
         """The metadata of the file at the target, if it is what was to be committed."""
@@ -1002,16 +997,18 @@ def serve(request, path, storage="default"):
 
     if request.method not in ("GET", "HEAD"):
         return HttpResponseNotAllowed(["GET", "HEAD"])
-    if storage == "default":
-        storage = django_storage.default_storage  # all that there is before Django 4.2
+    if storage == "default":  # all that there is before Django 4.2
+        storage = django_storage.default_storage
     elif isinstance(storage, str):
         storage = django_storage.storages[storage]
     try:
         link, made = storage._link(storage._path(path))
-    except (OSError, SuspiciousFileOperation, DropboxStorageException) as error:
-        if not getattr(error, "reason", "malformed_path").endswith("malformed_path"):
-            raise
+    except (OSError, SuspiciousFileOperation) as error:
         raise Http404(path) from error
+    except DropboxStorageException as error:
+        if error.reason.endswith("malformed_path"):
+            raise Http404(path) from error
+        raise
     left = made + LINK_LIFE - LINK_RESERVE - time.time()
     seconds = max(0, int(min(storage.url_cache_timeout or 0, left)))
     cache_control = f"private, max-age={seconds}"
