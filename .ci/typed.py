@@ -28,6 +28,7 @@ with storage.open("a", "w") as file:
 assert_type(Media().open("a").open().size, int)
 assert_type(storage.listdir("."), tuple[list[str], list[str]])
 assert_type(storage.get_modified_time("a"), datetime)
+assert_type(storage.size("a"), int)
 assert_type(storage.url(None), str)
 assert_type(DropboxStorageException("text").reason, str)
 assert_type(storage == refreshing, bool)
