@@ -94,7 +94,8 @@ BUSY = ("too_many_write_operations", "content_hash_mismatch")
 # What to do about the others, by what stands in Dropbox's answer.
 HINTS = {
     "expired_access_token": "'sl.' tokens live four hours; set oauth2_refresh_token",
-    "invalid_access_token": "it is wrong or revoked; authorize the app again",
+    "invalid_access_token": "oauth2_access_token or oauth2_refresh_token is wrong or "
+    "revoked; authorize the app again",
     "invalid_client": "app_key and app_secret must be of the app that was authorized",
     "missing_scope": "tick it under Permissions in the App Console, authorize again",
     "user_suspended": "the account is suspended; its owner or team can reactivate it",

@@ -1582,8 +1582,11 @@ class TokenTests(StorageTestCase):
 
     def test_what_cannot_be_refreshed_says_why(self):
         for options, reason in {
-            ("oauth2_refresh_token", "revoked"): "invalid_access_token (it is wrong or "
-            "revoked; authorize the app again)",
+            (
+                "oauth2_refresh_token",
+                "revoked",
+            ): "invalid_access_token (oauth2_access_token "
+            "or oauth2_refresh_token is wrong or revoked; authorize the app again)",
             ("app_secret", "wrong"): "invalid_client",
         }.items():
             storage = DropboxStorage(**{**REFRESHING, **dict([options])})
@@ -1699,8 +1702,8 @@ class ErrorTests(StorageTestCase):
              "under Permissions in the App Console, authorize again)"),
             ("files/upload", "suspended", "user_suspended (the account is suspended; its owner "
              "or team can reactivate it)"),
-            ("files/upload", "invalid_token", "invalid_access_token (it is wrong or revoked; "
-             "authorize the app again)"),
+            ("files/upload", "invalid_token", "invalid_access_token (oauth2_access_token or "
+             "oauth2_refresh_token is wrong or revoked; authorize the app again)"),
             ("files/upload", "bad_input", "HTTP 400 Error in call to API function: bad input"),
         ):  # fmt: skip
             self.account.fail(route, fault)
