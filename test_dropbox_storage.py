@@ -2367,7 +2367,6 @@ OPERATIONS = {
         lambda storage: storage._save("a", ContentFile(b"x"))[:2],
     ),
     "overwrite": ({"write_mode": "overwrite"}, save("a", b"new")),
-    "overwrite large": ({"write_mode": "overwrite"}, save("a", LARGE)),
     "update": ({"write_mode": "update"}, save("a", b"new")),
     "update large": ({"write_mode": "update"}, save("a", LARGE)),
     "write": ({}, write),
