@@ -558,13 +558,14 @@ class DropboxStorage(django_storage.Storage):
             except Exception as error:
                 reason, status = _reason(error), _status(error)
                 unanswered = status in (0, 408) or status >= 500
+                busy = status == 429 or reason.endswith(BUSY)
+                stale = client._oauth2_refresh_token and "expired_access" in reason
+                expired = authorized._oauth2_access_token if stale else None
                 lost, failed_at = lost or unanswered, failed_at or time.monotonic()
                 backoff = self.FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1)
-                wait = max(backoff, getattr(error, "backoff", None) or 0)
-                if client._oauth2_refresh_token and "expired_access_token" in reason:
-                    wait, expired = 0, authorized._oauth2_access_token
-                passing = unanswered or status == 429 or reason.endswith(BUSY)
-                passing, waited = passing or not wait, time.monotonic() - failed_at
+                wait = 0 if stale else max(backoff, getattr(error, "backoff", 0) or 0)
+                waited = time.monotonic() - failed_at
+                passing = unanswered or busy or stale
                 left = attempt < self.MAX_ATTEMPTS and waited + wait < self.MAX_WAIT
                 if passing and left:
                     time.sleep(wait)

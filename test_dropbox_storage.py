@@ -1833,6 +1833,13 @@ class ErrorTests(StorageTestCase):
             self.assertEqual(calls["files/get_metadata"], self.storage.MAX_ATTEMPTS)
             self.account.faults.clear()
 
+    def test_permanent_failures_are_not_repeated_without_a_pause_either(self):
+        self.storage.FIRST_WAIT = 0
+        self.account.fail("files/get_metadata", "missing_scope", times=9)
+        with self.assertRaises(DropboxStorageException):
+            self.storage.exists("a")
+        self.assertEqual(self.account.calls["files/get_metadata"], 1)
+
     def test_a_wait_that_is_too_long_is_not_begun(self):
         self.account.fail("files/get_metadata", "429", value=300)
         begun = time.monotonic()
