@@ -560,7 +560,7 @@ class DropboxStorage(django_storage.Storage):
                 unanswered = status in (0, 408) or status >= 500
                 busy = status == 429 or reason.endswith(BUSY)
                 stale = client._oauth2_refresh_token and "expired_access" in reason
-                expired = authorized._oauth2_access_token if stale else None
+                expired = authorized._oauth2_access_token if stale else expired
                 lost, failed_at = lost or unanswered, failed_at or time.monotonic()
                 backoff = self.FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1)
                 wait = 0 if stale else max(backoff, getattr(error, "backoff", 0) or 0)

@@ -1655,6 +1655,14 @@ class TokenTests(StorageTestCase):
                 self.assertFalse(storage.exists("a"))
                 self.account.faults.clear()
 
+    def test_a_token_that_expires_while_none_can_be_had(self):
+        self.storage.exists("a")
+        self.account.expire_tokens()
+        self.account.fail("oauth2/token", "503", times=3)
+        with self.account.counting() as calls:
+            self.assertFalse(self.storage.exists("a"))
+        self.assertEqual(calls, {"files/get_metadata": 2, "oauth2/token": 4})
+
     def test_a_token_that_hardly_lives_is_refreshed_once_a_call(self):
         self.account.expires_in = 60
         for _ in range(2):
