@@ -561,7 +561,8 @@ class DropboxStorage(django_storage.Storage):
                 busy = status == 429 or reason.endswith(BUSY)
                 stale = client._oauth2_refresh_token and "expired_access" in reason
                 expired = authorized._oauth2_access_token if stale else expired
-                lost, failed_at = lost or unanswered, failed_at or time.monotonic()
+                lost = lost or unanswered or status == 200
+                failed_at = failed_at or time.monotonic()
                 backoff = self.FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1)
                 wait = 0 if stale else max(backoff, getattr(error, "backoff", 0) or 0)
                 waited = time.monotonic() - failed_at
@@ -624,7 +625,9 @@ class _Process:
 
 
 def _status(error):
-    """The HTTP status of Dropbox's answer, 0 for anything else."""
+    """The HTTP status of Dropbox's answer; 200 if it does not fit, 0 if there is none."""
+    if type(error).__name__ == "ValidationError":  # stone's: the same the next time
+        return 200
     return getattr(error, "status_code", 409 if hasattr(error, "request_id") else 0)
 
 
