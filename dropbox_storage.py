@@ -625,7 +625,7 @@ class _Process:
 
 
 def _status(error):
-    """The HTTP status of Dropbox's answer; 200 if it does not fit, 0 if there is none."""
+    """The HTTP status of Dropbox's answer: 200 if it does not fit, 0 if none came."""
     if type(error).__name__ == "ValidationError":  # stone's: the same the next time
         return 200
     return getattr(error, "status_code", 409 if hasattr(error, "request_id") else 0)

@@ -267,7 +267,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             raise Refused(503, "unavailable")
         if fault == "reset_after":
             raise requests.ConnectionError("reset")
-        return 200, {}, result
+        return 200, {}, {} if fault == "misfit_after" else result
 
     def send_file(self, metadata, data, request, fault):
         status, headers = 200, {"dropbox-api-result": json.dumps(metadata)}
@@ -2526,6 +2526,17 @@ class FaultTests(StorageTestCase):
                     found = self.run_one(operation, (route, "corrupt", nth))[1]
                     self.assertIsInstance(found, DropboxStorageException)
                     self.assertEqual(found.reason, "content_hash_mismatch")
+
+    def test_a_commit_whose_answer_does_not_fit_is_found(self):
+        for operation, route in (
+            ("save", "files/upload"),
+            ("save large", "files/upload_session/finish"),
+        ):
+            expected = self.run_one(operation)[0]
+            account, found, calls = self.run_one(operation, (route, "misfit_after"))
+            self.assertEqual(found, "new")
+            self.same(operation, account, expected)
+            self.assertEqual(calls[route], 1)
 
     def test_a_lost_commit_that_failed_is_not_taken_for_done(self):
         """The answer is lost, and then someone else's file is what is found."""
