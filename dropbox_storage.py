@@ -404,10 +404,10 @@ class DropboxStorage(django_storage.Storage):
             return ""
 
     def get_modified_time(self, name):
-        modified = self._file_metadata(self._path(name)).server_modified
-        aware = modified.replace(tzinfo=datetime.timezone.utc)
-        naive = datetime.datetime.fromtimestamp(aware.timestamp())
-        return aware if settings.USE_TZ else naive
+        modified = self._file_metadata(self._path(name)).server_modified  # in UTC
+        timestamp = modified.replace(tzinfo=datetime.timezone.utc).timestamp()
+        zone = datetime.timezone.utc if settings.USE_TZ else None
+        return datetime.datetime.fromtimestamp(timestamp, zone)
 
     # Names, and what is known about them
 
@@ -456,24 +456,21 @@ class DropboxStorage(django_storage.Storage):
         listing, parent = [*self._listing().items()], folder.lower() or "/"
         return [entry for path, entry in listing if posixpath.dirname(path) == parent]
 
-    def _list_folder(self, folder, recursive=False):
-        page, entries, left = None, [], self.MAX_ATTEMPTS
-        while not page or page.has_more:
-            try:
-                if page:
-                    page = self._call("files/list_folder/continue", folder, page.cursor)
-                else:
-                    page = self._call("files/list_folder", folder, folder, recursive)
+    def _list_folder(self, folder, recursive=False, attempt=1):
+        try:
+            page = self._call("files/list_folder", folder, folder, recursive)
+            entries = page.entries
+            while page.has_more:
+                page = self._call("files/list_folder/continue", folder, page.cursor)
                 entries += page.entries
-            except DropboxStorageException as error:
-                left -= 1
-                if error.reason != "reset" or not left:
-                    raise
-                page, entries = None, []  # the cursor has expired
-            except FileNotFoundError:
-                if folder == self._root:
-                    return []  # nothing has been saved yet
+        except FileNotFoundError:
+            if folder == self._root:
+                return []  # nothing has been saved yet
+            raise
+        except DropboxStorageException as error:
+            if error.reason != "reset" or attempt == self.MAX_ATTEMPTS:
                 raise
+            return self._list_folder(folder, recursive, attempt + 1)  # cursor expired
         # Later pages also report what has been deleted meanwhile, without an id.
         return [entry for entry in entries if hasattr(entry, "id")]
 
