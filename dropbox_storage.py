@@ -663,9 +663,7 @@ class DropboxFile(File):
 
     def _open_stream(self):
         if self.mode not in ("r", "rb", "w", "wb", "x", "xb"):
-            raise ValueError(
-                f"mode must be r, rb, w, wb, x or xb: found {self.mode!r}."
-            )
+            raise ValueError(f"mode must be r, rb, w, wb, x or xb: {self.mode!r}.")
         storage, path = self._storage, self._storage._path(self.name)
         if self.mode[0] == "x" and storage.exists(self.name):
             raise _os_error(errno.EEXIST, f"mode {self.mode!r}", path)
@@ -801,11 +799,8 @@ class _Download(io.RawIOBase):
                         content.check(self._metadata, "files/download", self._path)
                     yield memoryview(part)
                     left = self.size - start - content.size
-                    if (
-                        read == self._stream
-                        and content.size >= AHEAD
-                        and left > 3 * AHEAD
-                    ):
+                    wanted = content.size >= AHEAD and left > 3 * AHEAD
+                    if wanted and read == self._stream:
                         break
 
     def _read_ahead(self, start):
@@ -855,9 +850,8 @@ class _Download(io.RawIOBase):
 
         try:
             while True:
-                yield (
-                    part := self._storage._call("files/download", self._path, work=read)
-                )
+                part = self._storage._call("files/download", self._path, work=read)
+                yield part
                 start += len(part)
                 if start >= (stop or self.size):
                     return

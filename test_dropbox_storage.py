@@ -1162,7 +1162,7 @@ class FileTests(StorageTestCase):
 
     def test_other_modes_are_refused(self):
         for mode in ("a", "ab", "r+", "rb+", "w+b", "rt", "br", "", "U"):
-            message = f"mode must be r, rb, w, wb, x or xb: found {mode!r}."
+            message = f"mode must be r, rb, w, wb, x or xb: {mode!r}."
             with self.raises(ValueError, message):
                 self.storage.open("a.txt", mode)
 
