@@ -748,8 +748,8 @@ class _Download(io.RawIOBase):
 
     def __init__(self, storage, path):
         self._storage, self._path, self._revision, self.size = storage, path, path, 0
-        self._position = self._part_at = 0  # of the reader, who may seek, and of _part
-        self._parts, self._part = self._read_on(0), b""
+        self._position = 0  # of the reader, who may seek
+        self._parts, self._part, self._part_at = self._read_on(0), b"", -1
         self._load()
 
     def readable(self):
@@ -775,89 +775,78 @@ class _Download(io.RawIOBase):
         self._position += len(data)
         return len(data)
 
-    def _load(self):
-        """Take the next part; after a seek or an error begin anew at the position."""
-        if self._position != self._part_at + len(self._part):
-            self._parts.close()
-            self._parts = self._read_on(self._position)
-        self._part_at, self._part = -1, b""  # in case of an error
-        self._part = next(self._parts)
-        self._part_at = self._position
-
     def close(self):
         self._parts.close()
         super().close()
 
+    def _load(self):
+        """Take the next part; after a seek or an error begin anew at the position."""
+        if self._position != self._part_at + len(self._part):
+            self._parts.close()
+            self._parts, self._content = self._read_on(self._position), _ContentHash()
+        self._part, self._part_at = b"", -1  # in case of an error
+        part = next(self._parts)
+        self._content.update(part)
+        if self._content.size == self.size:
+            self._content.check(self._metadata, "files/download", self._path)
+        self._part, self._part_at = memoryview(part), self._position
+
     def _read_on(self, start):
-        """Yield the bytes from start to the end of the file; check them if whole."""
-        content = _ContentHash()
-        for read in self._stream, self._read_ahead:
-            with contextlib.closing(read(start + content.size)) as parts:
-                for part in parts:
-                    content.update(part)
-                    if content.size == self.size:
-                        content.check(self._metadata, "files/download", self._path)
-                    yield memoryview(part)
-                    left = self.size - start - content.size
-                    wanted = content.size >= AHEAD and left > 3 * AHEAD
-                    if wanted and read == self._stream:
-                        break
-
-    def _read_ahead(self, start):
-        """Yield the bytes from start on in blocks that several connections fetch."""
-        starts, ahead, self._closing = range(start, self.size, AHEAD), [], False
+        """Yield the bytes from start to the end; many come on several connections."""
+        begin, ahead = (yield from self._stream(start)), []
         with ThreadPoolExecutor(self._storage.CONNECTIONS, "dropbox_storage") as pool:
-            try:
-                for start in starts:
-                    ahead.append(pool.submit(self._fetch, start))
-                    if len(ahead) == self._storage.CONNECTIONS:
-                        yield from ahead.pop(0).result()
-                for block in ahead:
-                    yield from block.result()
-            finally:
-                self._closing = True
-
-    def _fetch(self, start):
-        stop = min(start + AHEAD, self.size)
-        with contextlib.closing(self._stream(start, stop)) as stream:
-            return list(itertools.takewhile(lambda part: not self._closing, stream))
+            for start in range(begin, self.size, AHEAD):
+                ahead.append(pool.submit(list, self._stream(start, start + AHEAD)))
+                if len(ahead) == self._storage.CONNECTIONS:
+                    yield from ahead.pop(0).result()
+            for block in ahead:
+                yield from block.result()
 
     def _stream(self, start, stop=None):
-        """Yield the bytes from start to stop; a reply that is cut off is continued."""
-        response, last = None, "" if stop is None else stop - 1
+        """Yield the bytes from start to stop, return where that was.
+
+        A reply that is cut off is continued. Without stop it ends with the file, or
+        after AHEAD bytes if much is left.
+        """
+        response = None
 
         def read(client):
             nonlocal response
+            response = response or self._request(client, start, stop)
             try:
-                if not response:
-                    if start or stop:
-                        client._headers["Range"] = f"bytes={start}-{last}"
-                    self._metadata, response = client.files_download(self._revision)
-                    self.size, rev = self._metadata.size, self._metadata.rev
-                    self._revision = f"rev:{rev}"
-                    found = response.headers.get("Content-Range", "bytes 0-")
-                    if not found.startswith(f"bytes {start}-"):
-                        raise OSError(f"asked for bytes from {start}, found {found}")
                 part = response.raw.read(READ_SIZE)
                 if not part and start < self.size:
                     raise EOFError(f"the reply ended before byte {start}")
                 return part
             except BaseException:
-                if response:
-                    response.close()
+                response.close()
                 response = None
                 raise
 
         try:
             while True:
                 part = self._storage._call("files/download", self._path, work=read)
-                yield part
+                if not stop and self.size - start > 4 * AHEAD:
+                    stop = start + AHEAD
                 start += len(part)
-                if start >= (stop or self.size):
-                    return
+                yield part
+                if start >= min(stop or self.size, self.size):
+                    return start
         finally:
             if response:
                 response.close()
+
+    def _request(self, client, start, stop):
+        if start or stop:
+            client._headers["Range"] = f"bytes={start}-{stop - 1 if stop else ''}"
+        metadata, response = client.files_download(self._revision)
+        found = response.headers.get("Content-Range", "bytes 0-")
+        if not found.startswith(f"bytes {start}-"):
+            response.close()
+            raise OSError(f"asked for bytes from {start}, found {found}")
+        self._metadata, self.size = metadata, metadata.size
+        self._revision = f"rev:{metadata.rev}"
+        return response
 
 
 class _Upload(io.RawIOBase):
