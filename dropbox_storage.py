@@ -36,7 +36,6 @@ import time
 import types
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urljoin
 
 from django.conf import settings
 from django.core.cache import cache
@@ -45,6 +44,7 @@ from django.core.files import storage as django_storage
 from django.core.files.base import File
 from django.utils.deconstruct import deconstructible
 from django.utils.encoding import filepath_to_uri
+from django.utils.functional import Promise
 
 __all__ = ["DropboxFile", "DropboxStorage", "DropboxStorageException", "serve"]
 __version__ = "1.0.0"
@@ -170,6 +170,8 @@ def _root_path(value):
 
 
 def _url(value):
+    if isinstance(value, Promise):  # reverse_lazy() works once the URLs are loaded
+        return value
     if value and not isinstance(value, str):
         raise ValueError("a URL such as '/media/', or None")
     return f"{value.rstrip('/')}/" if value else None
@@ -254,7 +256,8 @@ class DropboxStorage(django_storage.Storage):
         vars(self).update(options)
         for name, option in _OPTIONS.items():
             given = getattr(self, name)
-            if (value := option.clean(given)) != given:
+            value = option.clean(given)
+            if value is not given and value != given:
                 setattr(self, name, value)
         missing = [name for name in _CREDENTIALS[1:] if not getattr(self, name)]
         if len(missing) in (1, 2):
@@ -269,9 +272,13 @@ class DropboxStorage(django_storage.Storage):
     def _hide_credentials(self):
         # deconstruct() itself cannot: @deconstructible replaces it in each class.
         secrets = [value for name in _CREDENTIALS if (value := getattr(self, name))]
+
+        def hidden(value):  # without asking a lazy base_url what it is
+            return isinstance(value, str) and value in secrets
+
         args, kwargs = self._constructor_args
-        args = tuple(None if arg in secrets else arg for arg in args)
-        kwargs = {k: v for k, v in kwargs.items() if v not in secrets}
+        args = tuple(None if hidden(arg) else arg for arg in args)
+        kwargs = {k: v for k, v in kwargs.items() if not hidden(v)}
         args = () if args == (None,) else args
         self._constructor_args = (args, kwargs)
 
@@ -396,7 +403,8 @@ class DropboxStorage(django_storage.Storage):
         missing picture does not take down the page that shows it.
         """
         if self.base_url:
-            return urljoin(self.base_url, (filepath_to_uri(name) or "").lstrip("/"))
+            path = (filepath_to_uri(name) or "").lstrip("/")
+            return f"{str(self.base_url).rstrip('/')}/{path}"
         try:
             return self._link(self._path(name), self.shared_links)[0]
         except FileNotFoundError:

@@ -1975,6 +1975,15 @@ class LinkTests(StorageTestCase):
         }.items():
             self.assertEqual(storage.url(name), url)
 
+    def test_a_lazy_base_url_is_looked_up_when_it_is_used(self):
+        base_url = urls.reverse_lazy("media", args=[""])
+        storage = DropboxStorage("secret", base_url=base_url)
+        with override_settings(ROOT_URLCONF=()), self.assertRaises(urls.NoReverseMatch):
+            storage.url("a b.txt")
+        pattern = urls.re_path("^media/(.*)$", module.serve, name="media")
+        with override_settings(ROOT_URLCONF=(pattern,)):
+            self.assertEqual(storage.url("a b.txt"), "/media/a%20b.txt")
+
     def test_shared_links(self):
         storage = self.account.storage(shared_links=True)
         with self.account.counting() as calls:
