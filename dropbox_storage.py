@@ -802,13 +802,21 @@ class _Download(io.RawIOBase):
     def _read_on(self, start):
         """Yield the bytes from start to the end; many come on several connections."""
         begin, ahead = (yield from self._stream(start)), []
+        self._closing = False
         with ThreadPoolExecutor(self._storage.CONNECTIONS, "dropbox_storage") as pool:
-            for start in range(begin, self.size, AHEAD):
-                ahead.append(pool.submit(list, self._stream(start, start + AHEAD)))
-                if len(ahead) == self._storage.CONNECTIONS:
-                    yield from ahead.pop(0).result()
-            for block in ahead:
-                yield from block.result()
+            try:
+                for start in range(begin, self.size, AHEAD):
+                    ahead.append(pool.submit(self._fetch, start))
+                    if len(ahead) == self._storage.CONNECTIONS:
+                        yield from ahead.pop(0).result()
+                for block in ahead:
+                    yield from block.result()
+            finally:
+                self._closing = True  # nobody waits for the blocks in flight
+
+    def _fetch(self, start):
+        with contextlib.closing(self._stream(start, start + AHEAD)) as stream:
+            return list(itertools.takewhile(lambda part: not self._closing, stream))
 
     def _stream(self, start, stop=None):
         """Yield the bytes from start to stop, return where that was.
