@@ -33,6 +33,7 @@ import tracemalloc
 import types
 import unicodedata
 import unittest
+import unittest.mock
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -1219,6 +1220,20 @@ class FileTests(StorageTestCase):
             self.assertTrue(b"".join(file.chunks()) == self.big)
         self.assertLessEqual(self.account.most_in_flight, self.storage.CONNECTIONS)
         self.assertGreater(calls["files/download"], 5)
+        together = threading.Barrier(self.storage.CONNECTIONS)
+        first = iter(range(together.parties))
+
+        class Body(io.BytesIO):
+            def __init__(self, data):
+                super().__init__(data)
+                if next(first, None) is not None:
+                    together.wait(5)
+
+        with self.storage.open("big") as file:
+            self.account.body = Body
+            self.assertTrue(file.read() == self.big)
+        self.assertFalse(together.broken)
+        self.account.body = io.BytesIO
         self.account.put("/small", self.big[: 8 * MiB])
         with self.account.counting() as calls, self.storage.open("small") as file:
             self.assertTrue(file.read() == self.big[: 8 * MiB])
@@ -1311,22 +1326,41 @@ class FileTests(StorageTestCase):
         self.assertEqual(calls, {"files/download": 1})
 
     def test_no_reply_is_left_open(self):
-        bodies = []
+        replies = []  # kept, so that none is closed only by being forgotten
 
-        class Body(io.BytesIO):
-            def __init__(self, data):
-                super().__init__(data)
-                bodies.append(self)
+        class Recording(FakeAccount):
+            def send(self, *args, **kwargs):
+                replies.append(super().send(*args, **kwargs))
+                return replies[-1]
 
-        self.account.put("/big", self.big)
-        self.account.body = Body
-        self.account.fail("files/download", "truncate", times=2)
-        with self.storage.open("big") as file:
+        account = Recording()
+        storage = account.storage()
+        account.put("/big", self.big)
+        account.fail("files/download", "truncate", times=2)
+        with storage.open("big") as file:
             self.assertTrue(file.read() == self.big)
-        with self.storage.open("big") as file:
+        with storage.open("big") as file:
             file.read(5 * MiB)
-        self.assertGreater(len(bodies), 5)
-        self.assertTrue(all(body.closed for body in bodies))
+        files = [reply for reply in replies if "dropbox-api-result" in reply.headers]
+        self.assertGreater(len(files), 5)
+        self.assertTrue(all(file.raw.closed for file in files))
+
+    def test_parts_that_do_not_end_where_the_blocks_begin(self):
+        self.account.put("/big", self.big)
+        with unittest.mock.patch.object(module, "READ_SIZE", 100_003):
+            with self.storage.open("big") as file:
+                self.assertTrue(file.read() == self.big)
+
+    def test_a_reader_may_go_on_after_an_error(self):
+        self.account.put("/big", self.big)
+        self.storage.MAX_ATTEMPTS = 1
+        self.account.fail("files/download", "truncate", nth=3)
+        with self.storage.open("big") as file:
+            with self.assertRaises(DropboxStorageException):
+                file.read()
+            rest = file.read()
+            self.assertGreater(len(rest), 10 * MiB)
+            self.assertTrue(self.big.endswith(rest))
 
     def test_closing_does_not_wait_for_what_is_fetched_ahead(self):
         class Slow(io.BytesIO):
@@ -1436,6 +1470,12 @@ class LookingTests(StorageTestCase):
         self.account.fail("files/list_folder/continue", "/reset", nth=3)
         names = [str(i) for i in range(10)]
         self.assertEqual(self.storage.listdir("many"), ([], names))
+        self.account.fail("files/list_folder/continue", "/reset", times=99)
+        with self.account.counting() as calls:
+            with self.assertRaises(DropboxStorageException) as caught:
+                self.storage.listdir("many")
+        self.assertEqual(caught.exception.reason, "reset")
+        self.assertEqual(calls["files/list_folder"], self.storage.MAX_ATTEMPTS)
 
     def test_a_root_that_does_not_exist_yet_is_empty(self):
         storage = self.account.storage(root_path="/new")
