@@ -4,7 +4,7 @@
         "default": {
             "BACKEND": "dropbox_storage.DropboxStorage",
             "OPTIONS": {
-                "oauth2_refresh_token": os.environ["DROPBOX_REFRESH_TOKEN"],
+                "oauth2_refresh_token": os.environ["DROPBOX_OAUTH2_REFRESH_TOKEN"],
                 "app_key": os.environ["DROPBOX_APP_KEY"],
                 "app_secret": os.environ["DROPBOX_APP_SECRET"],
             },
@@ -12,30 +12,32 @@
         ...
     }
 
-Bytes flow Django -> DropboxStorage -> _Upload or _Download -> DropboxStorage._call, the
-one door to the SDK -> Dropbox. README.md lists the options and what is promised.
+Bytes flow Django -> DropboxStorage -> _Upload or _Download -> DropboxStorage._request,
+the one door to the SDK -> Dropbox. README.md lists the options and what is promised.
 
 License: BSD-3-Clause.
 """
 
 import contextlib
 import copy
-import datetime
 import errno
+import functools
 import hashlib
 import io
-import itertools
-import json
 import logging
+import operator
 import os
+import pathlib
 import posixpath
 import random
 import re
+import sys
 import threading
 import time
-import types
+import traceback
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from datetime import datetime, timezone
 
 from django.conf import settings
 from django.core.cache import cache
@@ -58,12 +60,20 @@ MiB = 1024 * 1024
 # https://www.dropbox.com/developers/reference/content-hash
 HASH_BLOCK = 4 * MiB
 
+# Bytes that one request may carry.
+# https://www.dropbox.com/developers/documentation/http/documentation#files-upload
+MAX_REQUEST = 150 * MiB
+
 # Bytes that are read from a connection at a time.
 READ_SIZE = 128 * 1024
 
-# Bytes after which someone who reads in order is taken to want the rest, and of the
-# blocks in which several connections then fetch it, if that is more than three.
+# Bytes. Who has read as many in order is taken to want the rest, which is then fetched
+# in blocks of this size, on several connections.
 AHEAD = 2 * MiB
+
+# Bytes up to which the rest of a file comes on one connection all the same: there are
+# too few blocks for the others.
+FEW = 4 * AHEAD
 
 # Idle connections that a client keeps: for several threads with six transfers each.
 POOL_SIZE = 32
@@ -80,6 +90,8 @@ LINK_RESERVE = 60
 
 WRITE_MODES = ("add", "overwrite", "update")
 
+CREDENTIALS = ("oauth2_access_token", "oauth2_refresh_token", "app_key", "app_secret")
+
 # What Dropbox says about paths, by the end of its reason, as Python says it.
 OS_ERRORS = {
     errno.ENOENT: ("path/not_found", "path_lookup/not_found"),
@@ -89,26 +101,32 @@ OS_ERRORS = {
 }
 
 # Refusals that mean: the same again, later.
-BUSY = ("too_many_write_operations", "content_hash_mismatch")
+BUSY = ("too_many_write_operations", "content_hash_mismatch", "HTTP 408")
 
-# What to do about the others, by what stands in Dropbox's answer.
+# What to do about the others, by a word of Dropbox's answer; token is the one in use.
 HINTS = {
     "expired_access_token": "'sl.' tokens live four hours; set oauth2_refresh_token",
-    "invalid_access_token": "oauth2_access_token or oauth2_refresh_token is wrong or "
-    "revoked; authorize the app again",
+    "invalid_access_token": "{token} is wrong, revoked or of another app",
     "invalid_client": "app_key and app_secret must be of the app that was authorized",
     "missing_scope": "tick it under Permissions in the App Console, authorize again",
     "user_suspended": "the account is suspended; its owner or team can reactivate it",
+    "invalid_account_type": "the account's plan does not have this feature",
     "select_user": "team_member_id must be of the team that authorized the app",
     "no_permission": "the account has no access to namespace_id",
     "insufficient_space": "the account is full; free or buy space",
     "no_write_permission": "the account may only read there; change root_path",
     "disallowed_name": "Dropbox reserves that name; get_valid_name() mends it",
-    "malformed_path": "no backslash, NUL, space at an end or name over 255 characters",
+    "malformed_path": "no backslash, NUL, DEL, space at an end; at most 255; no emoji?",
+    "too_many_files": "the folder is too large; delete what is in it by parts",
+    "unsupported_file": "a Paper document has no bytes and no links; export it",
     "email_not_verified": "verify the account's e-mail address, or use base_url",
     "access_denied": "sharing is off for the account; use base_url",
     "settings_error": "public links are off for the account; use base_url",
+    "shared_link_already_exists": "but is not told; remove it on dropbox.com",
 }
+
+# What a listing without paths means: it cannot be preloaded.
+NOT_MOUNTED = "its namespace is not mounted; set preload_metadata to False"
 
 
 class DropboxStorageException(Exception):
@@ -124,6 +142,73 @@ class DropboxStorageException(Exception):
         self.reason = reason
 
 
+# What an error means
+
+
+def _os_error(code, detail, path):
+    # OSError itself picks the subclass that belongs to the code.
+    return OSError(code, f"{os.strerror(code)} in Dropbox ({detail})", path)
+
+
+def _reason(error):
+    """Dropbox's tags, as in "path/conflict/file"; or else the status or the type."""
+    tags, value = [], getattr(error, "error", None)
+    while value is not None:
+        tag = getattr(value, "_tag", getattr(value, "required_scope", ""))
+        if not isinstance(tag, str):
+            break  # no union of the SDK's, but one that a test has made up
+        tags.append(tag)
+        value = getattr(value, "_value", getattr(value, "reason", None))
+    status = f"HTTP {error.status_code}" if hasattr(error, "status_code") else ""
+    return "/".join(filter(None, tags)) or status or type(error).__name__
+
+
+def _meaning(error, client):
+    """What an error out of the SDK means, in one word.
+
+    "busy": the same again, later. "expired": the client needs a new token.
+    "unanswered": there was no answer, or none of Dropbox's, and the work may have been
+    done. "misfit": there was one, but not as specified. "refused": for good. "": it
+    does not come from Dropbox.
+    """
+    from dropbox import exceptions
+    from dropbox.stone_validators import ValidationError
+    from urllib3.exceptions import HTTPError
+
+    reason = _reason(error)
+    if isinstance(error, exceptions.RateLimitError) or reason.endswith(BUSY):
+        return "busy"
+    if reason == "expired_access_token" and client._oauth2_refresh_token:
+        return "expired"
+    # What requests raises is an OSError; an answer that does not parse one of the last.
+    no_answer = (OSError, EOFError, HTTPError, ValueError, KeyError, AssertionError)
+    if isinstance(error, (exceptions.InternalServerError, *no_answer)):
+        return "unanswered"
+    if isinstance(error, ValidationError):
+        return "misfit"
+    return "refused" if isinstance(error, exceptions.DropboxException) else ""
+
+
+def _clear_frames(error, handled):
+    """Empty the frames of the error and of its causes, up to what was handled before.
+
+    The SDK's hold tokens, and Django's debug page and its mails to ADMINS show them.
+    """
+    while error not in (None, handled):
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _is_file(metadata):
+    return hasattr(metadata, "rev")
+
+
+# The options
+
+
+OPTIONS = {}  # by name, as DropboxStorage declares them
+
+
 class _Option:
     """An option's value from the settings, read when it is used.
 
@@ -137,6 +222,7 @@ class _Option:
 
     def __set_name__(self, owner, name):
         self.name = name
+        OPTIONS[name] = self
 
     def __get__(self, storage, owner=None):
         if storage is None:
@@ -144,12 +230,27 @@ class _Option:
         return self.clean(getattr(settings, self.setting, self.default))
 
     def clean(self, value):
+        """The value to use; raises ImproperlyConfigured if it is not allowed."""
         try:
             return self._clean(value, *self._allowed)
         except ValueError as error:
-            found = "something else" if self.name in _CREDENTIALS else repr(value)
+            found = "something else" if self.name in CREDENTIALS else repr(value)
             message = f"{self.name} (or {self.setting}) must be {error}: found {found}."
-            raise ImproperlyConfigured(message) from None
+        del value  # a debug page shows what the frames of an error hold
+        raise ImproperlyConfigured(message)
+
+    def distance(self, storage):
+        """How near the value is: 0 for the constructor's, most for the settings'."""
+        places = [vars(storage), *map(vars, type(storage).__mro__)]
+        return [self.name in place for place in places].index(True)
+
+    def check(self, storage):
+        """Refuse the storage's value if it is not allowed, and tidy one of its own."""
+        if isinstance(getattr(type(storage), self.name), property):
+            return  # which a subclass may have to answer when it is used
+        value = self.clean(getattr(storage, self.name))
+        if self.name in vars(storage) or getattr(type(storage), self.name) is not self:
+            vars(storage)[self.name] = value
 
 
 # What the options may be: each returns the value to use.
@@ -159,6 +260,8 @@ def _text(value):
     # Empty is what an unset environment variable often is.
     if value and not (isinstance(value, str) and re.fullmatch("[!-~]+", value)):
         raise ValueError("a string of printable ASCII characters without spaces")
+    if value and re.search(r"[\\\"']", value):  # as those of a shell that were kept
+        raise ValueError("without quotes and backslashes")
     return value or None
 
 
@@ -187,6 +290,44 @@ def _one_of(value, *choices):
     if value in choices:
         return value
     raise ValueError(f"one of {', '.join(map(repr, choices))}")
+
+
+# The storage
+
+
+class _State:
+    """What a storage holds in one process: a forked child inherits none of it."""
+
+    def __init__(self):
+        self.lock, self.listing_lock = threading.RLock(), threading.RLock()
+        self.client = self.connection = self.listing = None
+
+
+class _ShortNames(django_storage.Storage):
+    """Names of files that may replace others: none is taken, but it may be long."""
+
+    def exists(self, name):
+        return False
+
+    def get_alternative_name(self, file_root, file_ext):
+        return f"{file_root}{file_ext}"
+
+
+def _remove(entries, path):
+    """Remove the path, and all that is below it."""
+    for known in [key for key in entries if f"{key}/".startswith(f"{path}/")]:
+        del entries[known]
+
+
+def _fold(entries, page):
+    """Add a page of a listing; later ones also tell what has changed meanwhile."""
+    for entry in page:
+        # Where a namespace is not mounted there are no paths.
+        path = entry.path_lower or entry.name.lower()
+        if hasattr(entry, "id"):
+            entries[path] = entry
+        else:
+            _remove(entries, path)
 
 
 @deconstructible
@@ -224,6 +365,9 @@ class DropboxStorage(django_storage.Storage):
     url_cache_timeout = _Option(
         "DROPBOX_URL_CACHE_TIMEOUT", 3600, _seconds, 0, LINK_LIFE
     )
+    # Seconds after a call's first failure in which further attempts may begin; 0: one
+    # attempt; None: as long as MAX_ATTEMPTS take.
+    max_wait = _Option("DROPBOX_MAX_WAIT", 60, _seconds, 0, 86400)
     # The team folder or namespace in which root_path lies.
     namespace_id = _Option("DROPBOX_NAMESPACE_ID", None, _text)
     # The member for whom an app that a whole team has authorized acts.
@@ -240,8 +384,6 @@ class DropboxStorage(django_storage.Storage):
     CONNECTIONS = 6
     # Attempts of one call, the first included.
     MAX_ATTEMPTS = 6
-    # Seconds after a call's first failure in which further attempts may begin.
-    MAX_WAIT = 60
     # Seconds to wait after the first failure, at most; doubled after each that follows.
     FIRST_WAIT = 0.5
 
@@ -250,28 +392,34 @@ class DropboxStorage(django_storage.Storage):
     def __init__(self, oauth2_access_token=None, **options):
         if oauth2_access_token is not None:
             options["oauth2_access_token"] = oauth2_access_token
-        if unknown := ", ".join(sorted(options.keys() - _OPTIONS.keys())):
-            known = ", ".join(sorted(_OPTIONS))
-            raise ImproperlyConfigured(f"Unknown option {unknown}; there are {known}.")
+        unknown = ", ".join(sorted(options.keys() - OPTIONS.keys()))
         vars(self).update(options)
-        for name, option in _OPTIONS.items():
-            given = getattr(self, name)
-            value = option.clean(given)
-            if value is not given and value != given:
-                setattr(self, name, value)
-        missing = [name for name in _CREDENTIALS[1:] if not getattr(self, name)]
-        if len(missing) in (1, 2):
-            raise ImproperlyConfigured(
-                f"{' and '.join(missing)} not set: oauth2_refresh_token, app_key "
-                "and app_secret (or their DROPBOX_* settings) work together; set all "
-                "or none."
-            )
+        del oauth2_access_token, options  # from the frame, which errors may show
+        if unknown:
+            known = ", ".join(sorted(OPTIONS))
+            raise ImproperlyConfigured(f"Unknown option {unknown}; there are {known}.")
+        access, refresh = (OPTIONS[name].distance(self) for name in CREDENTIALS[:2])
+        for option in OPTIONS.values():
+            option.check(self)
+        self._check_credentials(needed=False)
+        if self.oauth2_access_token and access < refresh:  # of two the nearer is meant
+            vars(self).update(dict.fromkeys(CREDENTIALS[1:]))
         self._hide_credentials()
-        self._processes = {}
+        self._states = {}
+
+    def _check_credentials(self, needed):
+        """Raise ImproperlyConfigured for a part of them, and for none if needed."""
+        names = [name for name in CREDENTIALS[1:] if not getattr(self, name)]
+        if len(names) in (1, 2) or (needed and names and not self.oauth2_access_token):
+            missing = " and ".join(f"{n} ({OPTIONS[n].setting})" for n in names)
+            raise ImproperlyConfigured(
+                f"{missing} not set: set all three of oauth2_refresh_token, app_key, "
+                "app_secret, or else oauth2_access_token (DROPBOX_OAUTH2_TOKEN) alone."
+            )
 
     def _hide_credentials(self):
         # deconstruct() itself cannot: @deconstructible replaces it in each class.
-        secrets = [value for name in _CREDENTIALS if (value := getattr(self, name))]
+        secrets = [vars(self)[name] for name in CREDENTIALS if vars(self).get(name)]
 
         def hidden(value):  # without asking a lazy base_url what it is
             return isinstance(value, str) and value in secrets
@@ -279,24 +427,14 @@ class DropboxStorage(django_storage.Storage):
         args, kwargs = self._constructor_args
         args = tuple(None if hidden(arg) else arg for arg in args)
         kwargs = {k: v for k, v in kwargs.items() if not hidden(v)}
-        args = () if args == (None,) else args
-        self._constructor_args = (args, kwargs)
-
-    def __eq__(self, other):
-        # What migrations compare: deconstruct(), without its check of the import path.
-        if type(self) is not type(other):
-            return NotImplemented  # other may be default_storage, which knows better
-        return self._constructor_args == other._constructor_args
-
-    def __hash__(self):
-        return hash(type(self))
+        self._constructor_args = (() if args == (None,) else args, kwargs)
 
     def __getstate__(self):
-        return {**vars(self), "_processes": {}}
+        return {**vars(self), "_states": {}}
 
     @property
-    def _process(self):
-        return self._processes.setdefault(os.getpid(), _Process())
+    def _state(self):
+        return self._states.setdefault(os.getpid(), _State())
 
     @property
     def client(self):
@@ -305,35 +443,40 @@ class DropboxStorage(django_storage.Storage):
         Built when it is first used, once per process and again if its options change;
         may be assigned, to use another one with its own credentials.
         """
-        options, process = [getattr(self, name) for name in _CONNECTION], self._process
-        with process.lock:
-            if not self._client and process.options != options:
-                process.client, process.options = self._connect(), options
-            return self._client or process.client
+        state = self._state
+        with state.lock:
+            if self._client and state.client is not self._client:
+                # In a forked process its connections are the parent's, too.
+                self._client._session.close()
+                state.client, state.connection = self._client, None
+            elif not self._client and state.connection != self._connection:
+                state.client, state.connection = self._connect(), self._connection
+            return state.client
 
     @client.setter
     def client(self, client):
         self._client = client
 
+    @property
+    def _connection(self):
+        """The options of which the client is made."""
+        names = (*CREDENTIALS, "timeout", "namespace_id", "team_member_id")
+        return {name: OPTIONS[name].clean(getattr(self, name)) for name in names}
+
     def _connect(self):
-        if not (self.oauth2_access_token or self.oauth2_refresh_token):
-            raise ImproperlyConfigured(
-                "No Dropbox credentials: set oauth2_refresh_token, app_key and "
-                "app_secret, or oauth2_access_token, as options or DROPBOX_* settings."
-            )
-        if not self.oauth2_refresh_token and self.oauth2_access_token.startswith("sl."):
-            logger.warning("oauth2_access_token: %s.", HINTS["expired_access_token"])
+        self._check_credentials(needed=True)
         import dropbox  # costs 0.25 s and 27 MB, too much for every management command
 
-        headers = {}
-        if self.namespace_id:
-            root = {".tag": "namespace_id", "namespace_id": self.namespace_id}
-            headers["Dropbox-API-Path-Root"] = json.dumps(root)
-        if self.team_member_id:
-            headers["Dropbox-API-Select-User"] = self.team_member_id
-        options = {name: getattr(self, name) for name in (*_CREDENTIALS, "timeout")}
-        options.update(max_retries_on_error=0, max_retries_on_rate_limit=0)
         session = dropbox.create_session(max_connections=POOL_SIZE)
+        options, headers = self._connection, {}
+        if root := options.pop("namespace_id"):
+            root = f'{{".tag": "namespace_id", "namespace_id": "{root}"}}'
+            headers["Dropbox-API-Path-Root"] = root
+        if member := options.pop("team_member_id"):
+            headers["Dropbox-API-Select-User"] = member
+        options.update(max_retries_on_error=0, max_retries_on_rate_limit=0)
+        if not self.oauth2_refresh_token and self.oauth2_access_token.startswith("sl."):
+            logger.warning("oauth2_access_token: %s.", HINTS["expired_access_token"])
         return dropbox.Dropbox(**options, headers=headers, session=session)
 
     def _open(self, name, mode="rb"):
@@ -361,18 +504,15 @@ class DropboxStorage(django_storage.Storage):
         return f"_{valid}" if valid.lower() in ("", *RESERVED_NAMES) else valid
 
     def get_alternative_name(self, file_root, file_ext):
-        if self.write_mode != "add":  # only asked for because of max_length
-            return f"{file_root}{file_ext}"
-        # Django adds an underscore and seven characters.
-        room = max(1, MAX_NAME - 8 - len(file_ext))
+        # Django adds an underscore and seven characters; one of the root must stay.
+        file_ext = file_ext[-(MAX_NAME - 9) :]
+        room = MAX_NAME - 8 - len(file_ext)
         return super().get_alternative_name(file_root[:room], file_ext)
 
     def get_available_name(self, name, max_length=None):
-        storage = self
         if self.write_mode != "add":  # a name that is taken will do
-            storage = copy.copy(self)
-            storage.exists = lambda name: False
-        return super(DropboxStorage, storage).get_available_name(name, max_length)
+            return _ShortNames().get_available_name(name, max_length)
+        return super().get_available_name(name, max_length)
 
     def delete(self, name):
         """Delete the file, or the folder with all that is in it, if it is there."""
@@ -380,8 +520,8 @@ class DropboxStorage(django_storage.Storage):
             raise ValueError("The name must be given to delete().")
         path = self._path(name)
         with contextlib.suppress(FileNotFoundError):
-            self._call("files/delete_v2", path, path)
-        self._note(path, None)
+            self._call("files/delete_v2", path)
+        self._forget(path)
 
     def exists(self, name):
         with contextlib.suppress(FileNotFoundError):
@@ -412,10 +552,11 @@ class DropboxStorage(django_storage.Storage):
             return ""
 
     def get_modified_time(self, name):
-        modified = self._file_metadata(self._path(name)).server_modified  # in UTC
-        timestamp = modified.replace(tzinfo=datetime.timezone.utc).timestamp()
-        zone = datetime.timezone.utc if settings.USE_TZ else None
-        return datetime.datetime.fromtimestamp(timestamp, zone)
+        metadata = self._file_metadata(self._path(name))
+        modified = metadata.server_modified.replace(tzinfo=timezone.utc)
+        return (
+            modified if settings.USE_TZ else modified.astimezone().replace(tzinfo=None)
+        )
 
     # Names, and what is known about them
 
@@ -434,7 +575,7 @@ class DropboxStorage(django_storage.Storage):
     @property
     def _root(self):
         """The path of the folder that holds all files, "" if that is the account's."""
-        return self.root_path.rstrip("/")
+        return OPTIONS["root_path"].clean(self.root_path).rstrip("/")
 
     def _path(self, name):
         """The absolute path of a name, which must not be the root."""
@@ -444,7 +585,7 @@ class DropboxStorage(django_storage.Storage):
 
     def _metadata(self, path):
         if not self.preload_metadata:
-            return self._call("files/get_metadata", path, path)
+            return self._call("files/get_metadata", path)
         if metadata := self._listing().get(path.lower()):
             return metadata
         raise _os_error(errno.ENOENT, "not in the preloaded listing", path)
@@ -461,16 +602,18 @@ class DropboxStorage(django_storage.Storage):
             return self._list_folder(folder)
         if folder != self._root and _is_file(self._metadata(folder)):
             raise _os_error(errno.ENOTDIR, "not a folder", folder)
-        listing, parent = [*self._listing().items()], folder.lower() or "/"
-        return [entry for path, entry in listing if posixpath.dirname(path) == parent]
+        with self._state.listing_lock:
+            found, parent = self._listing().items(), folder.lower() or "/"
+            return [entry for path, entry in found if posixpath.dirname(path) == parent]
 
     def _list_folder(self, folder, recursive=False, attempt=1):
+        entries, route = {}, "files/list_folder/continue"
         try:
-            page = self._call("files/list_folder", folder, folder, recursive)
-            entries = page.entries
+            page = self._call("files/list_folder", folder, recursive)
+            _fold(entries, page.entries)
             while page.has_more:
-                page = self._call("files/list_folder/continue", folder, page.cursor)
-                entries += page.entries
+                page = self._request(route, folder, _method(route, page.cursor))
+                _fold(entries, page.entries)
         except FileNotFoundError:
             if folder == self._root:
                 return []  # nothing has been saved yet
@@ -479,61 +622,79 @@ class DropboxStorage(django_storage.Storage):
             if error.reason != "reset" or attempt == self.MAX_ATTEMPTS:
                 raise
             return self._list_folder(folder, recursive, attempt + 1)  # cursor expired
-        # Later pages also report what has been deleted meanwhile, without an id.
-        return [entry for entry in entries if hasattr(entry, "id")]
+        return [*entries.values()]
 
     def _listing(self):
         """What preload_metadata has listed, by path in lower case."""
-        with self._process.lock:
-            if self._process.listing is None:
+        with self._state.listing_lock:
+            listing = self._state.listing
+            if listing is None:
                 entries = self._list_folder(self._root, recursive=True)
-                self._process.listing = {e.path_display.lower(): e for e in entries}
-            return self._process.listing
+                if not all(entry.path_display for entry in entries):
+                    raise DropboxStorageException(f"{self.root_path!r}: {NOT_MOUNTED}.")
+                listing = {entry.path_display.lower(): entry for entry in entries}
+                self._state.listing = listing
+            return listing
 
-    def _note(self, path, metadata):
-        """Keep true what is remembered: metadata is at path now, or nothing if None."""
-        self._cache("delete_many", [self._link_key(path, x) for x in (False, True)])
-        with self._process.lock:
-            listing = {} if self._process.listing is None else self._process.listing
-            for known in [k for k in listing if f"{k}/".startswith(f"{path.lower()}/")]:
-                del listing[known]
-            while metadata and path != "/":
-                listing.setdefault(path.lower(), metadata)
-                path = posixpath.dirname(path)
-                metadata = types.SimpleNamespace(name=posixpath.basename(path))
+    def _remember(self, path, metadata):
+        """Keep true what is known: metadata is of the file that is at path now."""
+        self._forget_links(path)
+        with self._state.listing_lock:
+            listing = {} if self._state.listing is None else self._state.listing
+            listing[path.lower()] = metadata
+            for parent in [*pathlib.PurePosixPath(path).parents][:-1]:
+                listing.setdefault(str(parent).lower(), parent)  # it has a name, too
+
+    def _forget(self, path):
+        """Keep true what is known: nothing is at path any more."""
+        self._forget_links(path)
+        with self._state.listing_lock:
+            _remove(self._state.listing or {}, path.lower())
 
     # Links
 
     def _link(self, path, shared=False):
         """A link to the file and when it was made, in seconds since the epoch."""
-        key = self._link_key(path, shared)
-        entry = self._cache("get", key) if self.url_cache_timeout else None
-        if not entry:
-            make = self._shared_link if shared else self._temporary_link
-            entry = (make(path), time.time())
-            self._cache("set", key, entry, self.url_cache_timeout or 0)
+        key, timeout = self._link_key(path, shared), self.url_cache_timeout or 0
+        entry = self._cache("get", key) if timeout else None
+        if isinstance(entry, tuple):
+            return entry
+        # Who replaces the file removes the mark, and a link to the old one is not kept.
+        mark = os.urandom(16).hex()
+        self._cache("set", key, mark, timeout)
+        make = self._shared_link if shared else self._temporary_link
+        entry = (make(path), time.time())
+        if timeout and self._cache("get", key) == mark:
+            self._cache("set", key, entry, timeout)
         return entry
 
     def _temporary_link(self, path):
-        return self._call("files/get_temporary_link", path, path).link
+        return self._call("files/get_temporary_link", path).link
 
     def _shared_link(self, path):
         """The public link to the file, in the form that leads to its bytes."""
-        route = "sharing/create_shared_link_with_settings"
+        route = "sharing/list_shared_links"
         try:
-            link = self._call(route, path, path)
+            link = self._call("sharing/create_shared_link_with_settings", path)
         except DropboxStorageException as error:
             if not error.reason.startswith("shared_link_already_exists"):
                 raise
-            route = "sharing/list_shared_links"
-            link = self._call(route, path, path, direct_only=True).links[0]
+            found = self._call(route, path, direct_only=True).links
+            if not found:
+                raise
+            link = found[0]
         return re.sub(r"([?&])dl=\d", r"\1raw=1", link.url)
 
     def _link_key(self, path, shared):
-        client, space = self.client, (self.namespace_id, self.team_member_id)
+        client = self.client
         account = client._oauth2_refresh_token or client._oauth2_access_token
-        digest = hashlib.sha256(repr((account, space, shared, path.lower())).encode())
-        return f"dropbox_storage:{digest.hexdigest()}"
+        # The headers hold the namespace and the member of the team.
+        link = repr((account, client._headers, shared, path.lower()))
+        return f"dropbox_storage:{hashlib.sha256(link.encode()).hexdigest()}"
+
+    def _forget_links(self, path):
+        keys = [self._link_key(path, shared) for shared in (False, True)]
+        self._cache("delete_many", keys)
 
     def _cache(self, method, *args):
         """What the cache answers; one that is down costs a call, but is no error."""
@@ -544,124 +705,146 @@ class DropboxStorage(django_storage.Storage):
 
     # The door to Dropbox
 
-    def _call(self, route, path, *args, work=None, settle=None, **kwargs):
-        """What the SDK's method for the route returns, or work(client).
+    def _call(self, route, path, *args, **kwargs):
+        """What the SDK's method for the route answers for the path."""
+        return self._request(route, path, _method(route, path, *args, **kwargs))
+
+    def _request(self, route, path, work, settle=None, abandoned=None, client=None):
+        """What work(client) returns: it makes the route's request, for the path.
 
         The one policy: failures that may pass are repeated, up to MAX_ATTEMPTS and
-        within MAX_WAIT. The rest raise what Django expects, and name the path;
-        unless an attempt may have been carried out and only its answer been lost, and
-        settle(reason) finds that it was: then that is returned.
+        within max_wait. The rest raise what Django expects, and name the path; unless
+        settle(reason, lost) has an answer all the same: lost is whether an attempt may
+        have been carried out, and only its answer been lost. Errors that are not
+        Dropbox's pass through. Who has no use for an answer any more is abandoned().
         """
-        method = route.replace("/", "_")
-        work = work or (lambda client: getattr(client, method)(*args, **kwargs))
-        authorized = client = self.client
-        lost, expired, failed_at = False, None, None
-        for attempt in itertools.count(1):
+        handled, client = sys.exc_info()[1], client or self.client
+        authorized, expired, lost, failed_at = client, None, False, None
+        for attempt in range(1, self.MAX_ATTEMPTS + 1):
+            if abandoned and abandoned():
+                break
             try:
                 authorized = self._authorized(client, expired)
                 return work(authorized)
-            except Exception as error:
-                reason, status = _reason(error), _status(error)
-                unanswered = status in (0, 408) or status >= 500
-                busy = status == 429 or reason.endswith(BUSY)
-                stale = client._oauth2_refresh_token and "expired_access" in reason
-                expired = authorized._oauth2_access_token if stale else expired
-                lost = lost or unanswered or status == 200
-                failed_at = failed_at or time.monotonic()
-                backoff = self.FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1)
-                wait = 0 if stale else max(backoff, getattr(error, "backoff", 0) or 0)
-                waited = time.monotonic() - failed_at
-                passing = unanswered or busy or stale
-                left = attempt < self.MAX_ATTEMPTS and waited + wait < self.MAX_WAIT
-                if passing and left:
-                    time.sleep(wait)
+            except BaseException as caught:
+                error, meaning = caught, _meaning(caught, client)
+                _clear_frames(caught, handled)
+                if not meaning:
+                    raise
+            failed_at, call = failed_at or time.monotonic(), f"{route} of {path!r}"
+            expired = authorized if meaning == "expired" else expired
+            lost = lost or meaning in ("unanswered", "misfit")
+            tried = ""
+            if meaning in ("unanswered", "busy", "expired"):
+                tried = self._pause(call, error, meaning, attempt, failed_at)
+                if not tried:
                     continue
-                if lost and settle and (result := settle(reason)):
-                    return result
-                pauses = f"{attempt} attempts, {waited:.0f} s, next after {wait:.0f} s"
-                tried = f" ({pauses})" if passing else ""
-                raise self._failure(error, route, path, tried) from error
+            elif settle and (result := settle(_reason(error), lost)):
+                return result
+            self._state.listing = None  # it may be what has misled the caller
+            raise _failure(error, client, route, path, tried) from error
+        raise DropboxStorageException(f"{route} of {path!r} was abandoned.")
+
+    def _pause(self, call, error, meaning, attempt, failed_at):
+        """Sleep until the next attempt; if there is none, return what was tried."""
+        waited = time.monotonic() - failed_at
+        backoff = self.FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1)
+        asked = getattr(error, "backoff", None) or 0
+        wait = 0 if meaning == "expired" else max(backoff, asked)
+        tried = f"{attempt} attempt{'s' if attempt > 1 else ''}, {waited:.0f} s"
+        if wait and self.max_wait is not None and waited + wait >= self.max_wait:
+            if asked > backoff:
+                tried += (
+                    f"; Dropbox asks to wait {asked} s, max_wait is {self.max_wait}"
+                )
+            return f" ({tried})"
+        if attempt == self.MAX_ATTEMPTS:
+            return f" ({tried})"
+        level = logging.INFO if attempt == 1 else logging.WARNING
+        said = f"{call}: {_reason(error)} at attempt {attempt} of {self.MAX_ATTEMPTS}"
+        logger.log(level, "%s; the next in %.1f s.", said, wait)
+        time.sleep(wait)
+        return ""
 
     def _authorized(self, client, expired):
-        """A copy of client for one attempt, with a live token.
+        """A copy of client for one attempt, with a live token and headers of its own.
 
-        The SDK's own retries are off in it: of two policies on top of each other,
-        nobody could say when they end. The lock lets many threads refresh once.
+        expired is the copy whose token Dropbox has refused as such, if any. The SDK's
+        own retries are off in the copy: of two policies on top of each other, nobody
+        could say when they end. The lock lets many threads refresh once.
         """
-        with self._process.lock:
-            if expired and expired == client._oauth2_access_token:
-                client.refresh_access_token(scope=client._scope)
-            client.check_and_refresh_access_token()
+        with self._state.lock:
             authorized = copy.copy(client)
+            authorized._max_retries_on_error = 0
+            authorized.raise_dropbox_error_for_resp = functools.partial(_check, client)
+            if expired and expired._oauth2_access_token == client._oauth2_access_token:
+                authorized.refresh_access_token(scope=client._scope)
+            else:
+                authorized.check_and_refresh_access_token()
+            for name in ("_oauth2_access_token", "_oauth2_access_token_expiration"):
+                setattr(client, name, getattr(authorized, name))
         authorized._headers = dict(client._headers or {})
         authorized._oauth2_refresh_token = None
         authorized.request_json_string_with_retry = authorized.request_json_string
         return authorized
 
-    def _failure(self, error, route, path, tried):
-        """What Django expects where the SDK raised error."""
-        self._process.listing = None  # it may be what has misled the caller
-        reason = _reason(error)
-        for code, ends in OS_ERRORS.items():
-            if reason.endswith(ends):
-                return _os_error(code, f"{route}: {reason}", path)
-        secrets = [getattr(self.client, f"_{name}") for name in _CREDENTIALS]
-        shown = f"{error.args} {vars(error)}"
-        if any(secret and secret in shown for secret in secrets):
-            error.args, error.body, error.message = (), "", ""  # a malformed token
-        body = "" if hasattr(error, "error") else getattr(error, "body", error)
-        said = f"{reason} {body}".strip()[:500]
-        hint = next((f" ({hint})" for tag, hint in HINTS.items() if tag in said), "")
-        message = f"{route} of {path!r} failed{tried}: {said}{hint}."
-        return DropboxStorageException(message, reason)
+
+def _method(route, *args, **kwargs):
+    """What calls the route's method, of the client that it is given."""
+    return operator.methodcaller(route.replace("/", "_"), *args, **kwargs)
 
 
-_CREDENTIALS = ("oauth2_access_token", "oauth2_refresh_token", "app_key", "app_secret")
-_CONNECTION = (*_CREDENTIALS, "timeout", "namespace_id", "team_member_id")
-_OPTIONS = {k: v for k, v in vars(DropboxStorage).items() if isinstance(v, _Option)}
+def _check(client, response):
+    """Raise the SDK's error for what it overlooks in an answer, too."""
+    from dropbox import exceptions
+
+    if response.status_code in (403, 404):
+        # The SDK takes them for errors of the route, whose unions do not know them.
+        number = response.headers.get("x-dropbox-request-id")
+        raise exceptions.HttpError(number, response.status_code, response.text)
+    try:
+        client.raise_dropbox_error_for_resp(response)
+    except exceptions.RateLimitError as error:
+        # JSON may leave out how many seconds to wait; the header has them.
+        seconds = response.headers.get("Retry-After", "")
+        error.backoff = int(seconds) if seconds.isdecimal() else error.backoff
+        raise
 
 
-class _Process:
-    """What a storage holds in one process: a forked child inherits none of it."""
-
-    def __init__(self):
-        self.lock = threading.RLock()
-        self.client = self.options = self.listing = None
-
-
-def _status(error):
-    """The HTTP status of Dropbox's answer: 200 if it does not fit, 0 if none came."""
-    if type(error).__name__ == "ValidationError":  # stone's: the same the next time
-        return 200
-    return getattr(error, "status_code", 409 if hasattr(error, "request_id") else 0)
-
-
-def _reason(error):
-    """Dropbox's tags, as in "path/conflict/file"; or else the status or the type."""
-    tags, value = [], getattr(error, "error", None)
-    while value is not None:
-        scope = getattr(value, "required_scope", None)
-        tags.append(getattr(value, "_tag", None) or scope)
-        value = getattr(value, "_value", getattr(value, "reason", None))
-    status = f"HTTP {error.status_code}" if hasattr(error, "status_code") else ""
-    return "/".join(filter(None, tags)) or status or type(error).__name__
+def _failure(error, client, route, path, tried):
+    """What Django expects where the SDK raised error."""
+    reason = _reason(error)
+    for code, ends in OS_ERRORS.items():
+        if reason.endswith(ends):
+            return _os_error(code, f"{route}: {reason}", path)
+    _redact(error, client)
+    body = "" if hasattr(error, "error") else getattr(error, "body", error)
+    said = f"{reason} {body}".strip()[:500]
+    words = re.findall(r"\w+", said)
+    hint = next((f" ({hint})" for word, hint in HINTS.items() if word in words), "")
+    token = CREDENTIALS[bool(client._oauth2_refresh_token)]
+    message = f"{route} of {path!r} failed{tried}: {said}{hint.format(token=token)}."
+    return DropboxStorageException(message, reason)
 
 
-def _is_file(metadata):
-    return hasattr(metadata, "rev")
+def _redact(error, client):
+    """Take from the error what it says if that repeats one of the credentials."""
 
+    def bare(text):  # however it is quoted and escaped
+        return re.sub(r"[\\\"']", "", str(text or ""))
 
-def _os_error(code, detail, path):
-    # OSError itself picks the subclass that belongs to the code.
-    return OSError(code, f"{os.strerror(code)} in Dropbox ({detail})", path)
+    secrets = [bare(getattr(client, f"_{name}")) for name in CREDENTIALS]
+    said = bare(f"{error.args} {vars(error)}")
+    if any(secret and secret in said for secret in secrets):
+        error.args, error.body, error.message = (), "", ""
 
 
 class DropboxFile(File):
     """A file in Dropbox, as DropboxStorage.open() returns it.
 
     mode: "r" and "rb" read, with a seekable stream that fetches what is read; "w", "wb"
-    replace the file and "x", "xb" create it, when the file is closed and not before: a
-    with block that ends in an exception leaves Dropbox as it was. The modes without "b"
+    replace the file and "x", "xb" create it, when the file is closed and not before: if
+    that is because of an exception, Dropbox is left as it was. The modes without "b"
     take and give text in UTF-8. Other modes raise ValueError.
     """
 
@@ -673,6 +856,7 @@ class DropboxFile(File):
         if self.mode not in ("r", "rb", "w", "wb", "x", "xb"):
             raise ValueError(f"mode must be r, rb, w, wb, x or xb: {self.mode!r}.")
         storage, path = self._storage, self._storage._path(self.name)
+        self._whole, self._handled = None, sys.exc_info()[1]
         if self.mode[0] == "x" and storage.exists(self.name):
             raise _os_error(errno.EEXIST, f"mode {self.mode!r}", path)
         if self.mode[0] == "r":
@@ -700,16 +884,21 @@ class DropboxFile(File):
         return self
 
     def close(self):
+        """Commit what was written, unless an exception came up since the opening."""
+        if self._whole is None:  # a FieldFile's with block does not tell
+            self._whole = sys.exc_info()[1] in (None, self._handled)
         try:
-            if self.writable():
+            if self.writable() and self._whole:
                 self.file.flush()
                 self._stream.commit(self._stream.path)
+            elif self.writable():
+                logger.warning("%r is not saved: an exception came first.", self.name)
+                self._stream.close()
         finally:
             self.file.close()
 
     def __exit__(self, exc_type, exc_value, traceback):
-        if exc_type and self.writable():
-            self._stream.close()  # half of a file must not replace the old one
+        self._whole = exc_type is None
         self.close()
 
 
@@ -721,7 +910,7 @@ class _ContentHash:
     """
 
     def __init__(self, data=b""):
-        self.size, self._digests, self._block = 0, hashlib.sha256(), hashlib.sha256()
+        self.size, self._digests, self._block = 0, bytearray(), hashlib.sha256()
         self.update(data)
 
     def update(self, data):
@@ -731,19 +920,45 @@ class _ContentHash:
             self._block.update(head)
             self.size, view = self.size + len(head), view[len(head) :]
             if self.size % HASH_BLOCK == 0:
-                self._digests.update(self._block.digest())
+                self._digests += self._block.digest()
                 self._block = hashlib.sha256()
 
+    def append(self, other):
+        """Add what other has hashed, after whole blocks."""
+        self.size, self._block = self.size + other.size, other._block
+        self._digests += other._digests
+
     def hexdigest(self):
-        digests = self._digests.copy()
-        digests.update(self._block.digest() if self.size % HASH_BLOCK else b"")
-        return digests.hexdigest()
+        rest = self._block.digest() if self.size % HASH_BLOCK else b""
+        return hashlib.sha256(self._digests + rest).hexdigest()
 
     def check(self, metadata, route, path):
-        """Raise DropboxStorageException unless this is the hash in the metadata."""
-        if self.hexdigest() != metadata.content_hash:
+        """Raise DropboxStorageException unless the metadata is of these bytes."""
+        hashes = (None, self.hexdigest())  # it is optional in the specification
+        if metadata.size != self.size or metadata.content_hash not in hashes:
             message = f"{route} of {path!r} failed: not the bytes that Dropbox holds."
             raise DropboxStorageException(message, "content_hash_mismatch")
+
+
+def _in_background(function, *args):
+    """Call the function on a thread of its own; return the Future of what it returns.
+
+    An executor would join its threads when the interpreter exits: nobody waits for the
+    requests of a stream that is gone.
+    """
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name="dropbox_storage", daemon=True).start()
+    except RuntimeError:  # there can be no more threads, as when the interpreter exits
+        run()
+    return future
 
 
 class _Download(io.RawIOBase):
@@ -751,14 +966,20 @@ class _Download(io.RawIOBase):
 
     Opening makes one request, whose reply holds the metadata and begins the file.
     Seeking is free until the next read, which begins a new request if it has to. Who
-    has read AHEAD bytes in order has the rest fetched ahead.
+    has read AHEAD bytes in order has the rest fetched ahead. After an error nothing can
+    be read until a seek(), as the buffer above the stream has lost what it held.
     """
 
+    _reading = _parts = None  # an object of its own for each run through the file
+
     def __init__(self, storage, path):
-        self._storage, self._path, self._revision, self.size = storage, path, path, 0
+        self._connections, self._path, self._revision = storage.CONNECTIONS, path, path
+        request = functools.partial(storage._request, "files/download", path)
+        self._request = functools.partial(request, client=storage.client)
+        self._metadata, reply = self._request(self._send)
+        self._revision, self.size = f"rev:{self._metadata.rev}", self._metadata.size
         self._position = 0  # of the reader, who may seek
-        self._parts, self._part, self._part_at = self._read_on(0), b"", -1
-        self._load()
+        self._begin(reply)
 
     def readable(self):
         return True
@@ -767,102 +988,113 @@ class _Download(io.RawIOBase):
         return True
 
     def seek(self, offset, whence=io.SEEK_SET):
+        if whence == io.SEEK_CUR:  # as in tell()
+            self._check_state()
         position = offset + (0, self._position, self.size)[whence]
         if position < 0:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._position = position
+        if self._reading is None:
+            self._begin()
         return position
 
     def readinto(self, buffer):
+        self._check_state()
         if self._position >= self.size:
             return 0
-        if not 0 <= self._position - self._part_at < len(self._part):
-            self._load()
-        data = self._part[self._position - self._part_at :][: len(buffer)]
+        try:
+            if not 0 < self._end - self._position <= len(self._part):
+                self._load()
+        except BaseException:
+            self._stop()
+            raise
+        data = self._part[self._position - self._end :][: len(buffer)]
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
     def close(self):
-        self._parts.close()
+        self._stop()
         super().close()
 
-    def _load(self):
-        """Take the next part; after a seek or an error begin anew at the position."""
-        if self._position != self._part_at + len(self._part):
+    def _begin(self, reply=None):
+        """Have the bytes from the position on to come, the first of them from reply."""
+        self._stop()
+        self._reading, self._content = object(), _ContentHash()
+        self._part, self._end = b"", self._position  # the part ends there in the file
+        self._parts = self._read_on(self._position, reply)
+
+    def _stop(self):
+        """Have nothing more to come: who is fetching ahead will notice."""
+        self._reading = None
+        if self._parts:
             self._parts.close()
-            self._parts, self._content = self._read_on(self._position), _ContentHash()
-        self._part, self._part_at = b"", -1  # in case of an error
+
+    def _check_state(self):
+        if self._reading is None:
+            raise DropboxStorageException(
+                f"Reading {self._path!r} has failed before; seek() to where to go on."
+            )
+
+    def _load(self):
+        """Take the next part, which begins at the position."""
+        if self._position != self._end:
+            self._begin()
         part = next(self._parts)
         self._content.update(part)
         if self._content.size == self.size:
             self._content.check(self._metadata, "files/download", self._path)
-        self._part, self._part_at = memoryview(part), self._position
+        self._part, self._end = memoryview(part), self._end + len(part)
 
-    def _read_on(self, start):
-        """Yield the bytes from start to the end; many come on several connections."""
-        begin, ahead = (yield from self._stream(start)), []
-        self._closing = False
-        with ThreadPoolExecutor(self._storage.CONNECTIONS, "dropbox_storage") as pool:
-            try:
-                for start in range(begin, self.size, AHEAD):
-                    ahead.append(pool.submit(self._fetch, start))
-                    if len(ahead) == self._storage.CONNECTIONS:
-                        yield from ahead.pop(0).result()
-                for block in ahead:
-                    yield from block.result()
-            finally:
-                self._closing = True  # nobody waits for the blocks in flight
+    def _read_on(self, start, reply):
+        """Yield the bytes from start on: the first of one request, the rest of many."""
+        reading, blocks = self._reading, []
+        stop = self.size if self.size - start <= FEW else start + AHEAD
+        yield from self._stream(reading, start, stop, reply)
+        for start in range(stop, self.size, AHEAD):
+            block = self._stream(reading, start, min(start + AHEAD, self.size))
+            blocks.append(_in_background(list, block))
+            if len(blocks) == self._connections:
+                yield from blocks.pop(0).result()
+        for block in blocks:
+            yield from block.result()
 
-    def _fetch(self, start):
-        with contextlib.closing(self._stream(start, start + AHEAD)) as stream:
-            return list(itertools.takewhile(lambda part: not self._closing, stream))
+    def _stream(self, reading, start, stop, reply=None):
+        """Yield the bytes from start to stop; go on where a reply is cut off."""
 
-    def _stream(self, start, stop=None):
-        """Yield the bytes from start to stop, return where that was.
-
-        A reply that is cut off is continued. Without stop it ends with the file, or
-        after AHEAD bytes if much is left.
-        """
-        response = None
+        def abandoned():
+            return self._reading is not reading
 
         def read(client):
-            nonlocal response
-            response = response or self._request(client, start, stop)
-            try:
-                part = response.raw.read(READ_SIZE)
-                if not part and start < self.size:
-                    raise EOFError(f"the reply ended before byte {start}")
-                return part
-            except BaseException:
-                response.close()
-                response = None
-                raise
+            nonlocal reply
+            if reply is None or reply.closed:
+                reply = self._send(client, start, stop)[1]
+            part = reply.read(min(READ_SIZE, stop - start))
+            if not part:
+                raise EOFError(f"the reply ended before byte {start}")
+            return part
 
         try:
-            while True:
-                part = self._storage._call("files/download", self._path, work=read)
-                if not stop and self.size - start > 4 * AHEAD:
-                    stop = start + AHEAD
+            while start < stop:
+                part = self._request(read, abandoned=abandoned)
                 start += len(part)
                 yield part
-                if start >= min(stop or self.size, self.size):
-                    return start
         finally:
-            if response:
-                response.close()
+            if reply:
+                reply.close()
 
-    def _request(self, client, start, stop):
-        if start or stop:
-            client._headers["Range"] = f"bytes={start}-{stop - 1 if stop else ''}"
+    def _send(self, client, start=0, stop=None):
+        """Ask for the bytes from start to stop, or all; return metadata and reply."""
+        client._headers["Accept-Encoding"] = "identity"  # the raw reply is not decoded
+        if stop:
+            client._headers["Range"] = f"bytes={start}-{stop - 1}"
         metadata, response = client.files_download(self._revision)
+        encoding = response.headers.get("Content-Encoding", "identity")
         found = response.headers.get("Content-Range", "bytes 0-")
-        if not found.startswith(f"bytes {start}-"):
-            response.close()
-            raise OSError(f"asked for bytes from {start}, found {found}")
-        self._metadata, self.size = metadata, metadata.size
-        self._revision = f"rev:{metadata.rev}"
-        return response
+        if encoding != "identity" or not found.startswith(f"bytes {start}-"):
+            response.raw.close()
+            raise OSError(f"asked for bytes from {start}, found {encoding} {found}")
+        return metadata, response.raw
 
 
 class _Upload(io.RawIOBase):
@@ -877,8 +1109,9 @@ class _Upload(io.RawIOBase):
     def __init__(self, storage, path, mode):
         from dropbox import files
 
-        self._pool = ThreadPoolExecutor(storage.CONNECTIONS, "dropbox_storage")
-        self._storage, self.path, self.mode, self._files = storage, path, mode, files
+        self._storage, self._files = storage, files
+        self._request = functools.partial(storage._request, client=storage.client)
+        self.path, self.mode, self.size = path, mode, 0
         self._target = {"mode": files.WriteMode.add, "strict_conflict": True}
         if mode == "overwrite":
             self._target = {"mode": files.WriteMode.overwrite}
@@ -886,16 +1119,16 @@ class _Upload(io.RawIOBase):
             with contextlib.suppress(FileNotFoundError):
                 revision = storage._file_metadata(path).rev
                 self._target["mode"] = files.WriteMode.update(revision)
-        self._chunk_size = -(-storage.CHUNK_SIZE // HASH_BLOCK) * HASH_BLOCK
-        self._content, self._buffer = _ContentHash(), bytearray()
+        size = min(storage.CHUNK_SIZE, MAX_REQUEST // 2 - HASH_BLOCK)
+        self._chunk_size = -(-size // HASH_BLOCK) * HASH_BLOCK
+        self._buffer, self._content = bytearray(), _ContentHash()
         self._session, self._offset, self._sending = None, 0, []
-
-    @property
-    def size(self):
-        return self._content.size
 
     def writable(self):
         return True
+
+    def tell(self):
+        return self.size
 
     def write(self, data):
         if self.closed:
@@ -903,88 +1136,113 @@ class _Upload(io.RawIOBase):
         view = memoryview(data).cast("B")
         for start in range(0, len(view), self._chunk_size):
             piece = view[start : start + self._chunk_size]
-            self._content.update(piece)
             self._buffer += piece
-            self._send_beyond(self._chunk_size * (1 if self._session else 2))
+            self.size += len(piece)
+            # What closes a session must hold data: some is always kept.
+            while len(self._buffer) > self._chunk_size * (1 if self._session else 2):
+                self._send_chunk()
         return len(view)
 
     def commit(self, path):
         """Make what was written the file at path, at once and whole.
 
         Raises FileExistsError or IsADirectoryError if something is in the way; it may
-        then be called again with another path, and sends nothing twice.
+        then be called again with another path.
         """
         self.path = path
+        now = datetime.now(timezone.utc)
+        self._target["client_modified"] = now.replace(tzinfo=None, microsecond=0)
         try:
             metadata = self._finish() if self._session else self._put()
         except FileExistsError as error:
             if self.mode != "update":
                 raise
-            message = f"{path!r} has changed since it was looked at; it was left alone."
-            raise DropboxStorageException(message, "path/conflict/file") from error
+            raise DropboxStorageException(
+                f"{path!r} has changed since it was looked at; it was left alone.",
+                "path/conflict/file",
+            ) from error
         self._content.check(metadata, "files/upload", path)
-        self._storage._note(path, metadata)
-
-    def close(self):
-        self._pool.shutdown(cancel_futures=True)
-        super().close()
+        self._storage._remember(path, metadata)
 
     def _put(self):
-        try:
-            data = bytes(self._buffer)
-            return self._commit("files/upload", data, self.path, **self._target)
-        except OSError as error:
-            # Dropbox has kept the data, in a session that can be finished elsewhere.
-            self._session = error.__cause__.error.get_path().upload_session_id
-            self._buffer.clear()
-            raise
+        """Send it all in one request, which also commits it."""
+        data = bytes(self._buffer)
+        self._content = _ContentHash(data)
+        target = {**self._target, "content_hash": self._content.hexdigest()}
+        return self._post("files/upload", self._committed, data, self.path, **target)
 
     def _finish(self):
-        if self._buffer:  # what is no whole block closes the session, after all others
-            self._send_beyond(HASH_BLOCK - 1)
-            for sent in self._sending:
-                sent.result()
-            self._append(self._offset, bytes(self._buffer), close=True)
+        """Close the session when all chunks have arrived, and commit it."""
+        if self._buffer:
+            while self._sending:
+                self._await_chunk()
+            rest = bytes(self._buffer)
+            self._content.append(self._append(self._offset, rest, close=True))
             self._buffer.clear()
         cursor = self._files.UploadSessionCursor(self._session, self.size)
         commit = self._files.CommitInfo(self.path, **self._target)
-        return self._commit("files/upload_session/finish", b"", cursor, commit)
+        route = "files/upload_session/finish"
+        return self._post(route, self._committed, b"", cursor, commit)
 
-    def _commit(self, route, data, *args, **kwargs):
-        return self._post(route, data, *args, settle=self._find, **kwargs)
+    def _committed(self, reason, lost):
+        """The file at the target, if it is the one that was to be committed.
 
-    def _find(self, reason):
-        """The metadata of the file at the target, if it is what was to be committed."""
+        Its bytes are the same, then, and the answer was lost or "update" refused what
+        would change nothing. But a conflict of a session, which ends with a commit, is
+        one with someone else's file; without one, a file that was added has the time
+        that was sent with it.
+        """
+        conflict = "conflict/file" in reason
+        unchanged = conflict and self.mode == "update"
+        if not unchanged and (not lost or (conflict and self._session)):
+            return None
+        found = self._same_file()
+        if found and self.mode == "add" and not self._session:
+            ours = found.client_modified == self._target["client_modified"]
+            return found if ours else None
+        return found
+
+    def _same_file(self):
+        """The metadata of the file at the target, if it holds what was written."""
         with contextlib.suppress(OSError, DropboxStorageException):
-            found = self._storage._call("files/get_metadata", self.path, self.path)
-            self._content.check(found, "files/upload", self.path)
-            return found
+            found = self._storage._call("files/get_metadata", self.path)
+            if _is_file(found):
+                self._content.check(found, "files/get_metadata", self.path)
+                return found
 
-    def _send_beyond(self, kept):
-        """Begin to send chunks until that many bytes are left; wait for the oldest."""
-        while len(self._buffer) > kept:
-            if not self._session:
-                kind = self._files.UploadSessionType.concurrent
-                route = "files/upload_session/start"
-                self._session = self._post(route, b"", session_type=kind).session_id
-            if len(self._sending) == self._storage.CONNECTIONS:
-                self._sending.pop(0).result()
-            whole = len(self._buffer) - len(self._buffer) % HASH_BLOCK
-            chunk = bytes(memoryview(self._buffer)[: min(whole, self._chunk_size)])
-            self._sending.append(self._pool.submit(self._append, self._offset, chunk))
-            self._offset += len(chunk)
-            del self._buffer[: len(chunk)]
+    def _send_chunk(self):
+        if not self._session:
+            kind = self._files.UploadSessionType.concurrent
+            route = "files/upload_session/start"
+            self._session = self._post(route, None, b"", session_type=kind).session_id
+        if len(self._sending) == self._storage.CONNECTIONS:
+            self._await_chunk()
+        chunk = bytes(memoryview(self._buffer)[: self._chunk_size])
+        del self._buffer[: self._chunk_size]
+        self._sending.append(_in_background(self._append, self._offset, chunk))
+        self._offset += len(chunk)
+
+    def _await_chunk(self):
+        """Wait for the oldest chunk in flight; one that has failed stays there."""
+        self._content.append(self._sending[0].result())
+        self._sending.pop(0)
 
     def _append(self, offset, chunk, close=False):
-        # If a lost answer was a success, Dropbox says that the session is closed.
+        """Send a chunk of the session; return its hash."""
+        content = _ContentHash(chunk)
         cursor = self._files.UploadSessionCursor(self._session, offset)
-        done = ("closed", "incorrect_offset").__contains__
-        route = "files/upload_session/append_v2"
-        self._post(route, chunk, cursor, close, settle=done)
+        route, digest = "files/upload_session/append_v2", content.hexdigest()
+        self._post(route, _has_arrived, chunk, cursor, close, content_hash=digest)
+        return content
 
-    def _post(self, route, data, *args, **kwargs):
-        kwargs["content_hash"] = _ContentHash(data).hexdigest()
-        return self._storage._call(route, self.path, data, *args, **kwargs)
+    def _post(self, route, settle, *args, **kwargs):
+        work = _method(route, *args, **kwargs)
+        return self._request(route, self.path, work, settle, lambda: self.closed)
+
+
+def _has_arrived(reason, lost):
+    """Whether a chunk whose answer was lost is in the session: that takes no more."""
+    return lost and reason.endswith(("closed", "incorrect_offset"))
 
 
 def serve(request, path, storage="default"):
@@ -1004,12 +1262,10 @@ def serve(request, path, storage="default"):
         storage = django_storage.storages[storage]
     try:
         link, made = storage._link(storage._path(path))
-    except (OSError, SuspiciousFileOperation) as error:
+    except (OSError, SuspiciousFileOperation, DropboxStorageException) as error:
+        if not getattr(error, "reason", "malformed_path").endswith("malformed_path"):
+            raise
         raise Http404(path) from error
-    except DropboxStorageException as error:
-        if error.reason.endswith("malformed_path"):
-            raise Http404(path) from error
-        raise
     left = made + LINK_LIFE - LINK_RESERVE - time.time()
     seconds = max(0, int(min(storage.url_cache_timeout or 0, left)))
     cache_control = f"private, max-age={seconds}"

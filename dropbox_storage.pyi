@@ -59,6 +59,7 @@ class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
     base_url: str | None
     shared_links: bool
     url_cache_timeout: float | None
+    max_wait: float | None
     namespace_id: str | None
     team_member_id: str | None
     preload_metadata: bool
@@ -66,7 +67,6 @@ class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
     CHUNK_SIZE: int
     CONNECTIONS: int
     MAX_ATTEMPTS: int
-    MAX_WAIT: float
     FIRST_WAIT: float
 
     # Any: deconstructible() passes on what a subclass takes.
@@ -84,6 +84,7 @@ class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
         base_url: str | None = ...,
         shared_links: bool = ...,
         url_cache_timeout: float | None = ...,
+        max_wait: float | None = ...,
         namespace_id: str | None = ...,
         team_member_id: str | None = ...,
         preload_metadata: bool = ...,
@@ -92,8 +93,6 @@ class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
     def deconstruct(
         obj,  # pyright: ignore[reportSelfClsParameterName]
     ) -> tuple[str, tuple[Any, ...], dict[str, Any]]: ...
-    def __eq__(self, other: object) -> bool: ...
-    def __hash__(self) -> int: ...
     def __getstate__(self) -> dict[str, object]: ...
     @property
     def client(self) -> _Client: ...
