@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import functools
 import gc
+import gzip
 import hashlib
 import importlib
 import io
@@ -133,6 +134,7 @@ class Entry:
     client_modified: str = None
 
     def metadata(self):
+        """As in a union of Metadata, with a tag; see untagged()."""
         found = {".tag": "folder", "name": self.path.rpartition("/")[2]}
         found.update(id=f"id:{self.path}", path_display=self.path)
         found.update(path_lower=self.path.lower())
@@ -142,6 +144,11 @@ class Entry:
             found["server_modified"] = self.modified
             found.update(content_hash=content_hash(self.data), is_downloadable=True)
         return found
+
+
+def untagged(metadata):
+    """As where the specification has FileMetadata, and no union."""
+    return {name: value for name, value in metadata.items() if name != ".tag"}
 
 
 @dataclasses.dataclass
@@ -157,15 +164,35 @@ class Session:
         return b"".join(self.pieces[offset] for offset in sorted(self.pieces))
 
 
+DISALLOWED_NAMES = ("desktop.ini", "thumbs.db", ".ds_store", "icon\r", ".dropbox")
+DISALLOWED_NAMES += (".dropbox.attr",)
+
+# What Dropbox may do, as documented, seen once, or not ruled out by any document.
+QUIRKS = {
+    "gzip": "a download is compressed where Accept-Encoding allows it",
+    "surplus": "a ranged reply goes on for 100 bytes after the range",
+    "empty_close": "an append that closes a session after data must hold data",
+    "forgetful": "a refused files/upload keeps nothing: upload_session_id is empty",
+    "strict_same": "strict_conflict refuses identical bytes, also for the right rev",
+    "no_hash": "metadata has no content_hash",
+    "unmounted": "metadata has no paths",
+    "empty_pages": "each listing begins with an empty page that has more",
+    "lost_links": "an existing shared link is not told",
+    "bare_429": "429 tells how long to wait in the Retry-After header alone",
+    "paper": "files that end in .paper have no hash, no bytes and no links",
+}
+
+
 class FakeAccount(requests.adapters.HTTPAdapter):
     """A Dropbox account in memory, in place of the network under the real SDK.
 
     It refuses what Dropbox refuses, counts the calls of each route, and fails on demand.
+    quirks are keys of QUIRKS.
     """
 
-    def __init__(self, page_size=500):
+    def __init__(self, page_size=500, quirks=()):
         super().__init__()
-        self.page_size, self.lock = page_size, threading.RLock()
+        self.page_size, self.lock, self.quirks = page_size, threading.RLock(), quirks
         self.entries, self.revisions, self.sessions = {}, {}, {}
         self.cursors, self.links, self.shared, self.changes = {}, {}, set(), []
         self.calls, self.timeouts, self.faults = collections.Counter(), set(), []
@@ -251,6 +278,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             headers={name.replace("_", "-"): value for name, value in headers.items()},
             status=status,
             preload_content=False,
+            decode_content=False,
         )
         return self.build_response(request, raw)
 
@@ -278,17 +306,42 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             raise Refused(503, "unavailable")
         if fault == "reset_after":
             raise requests.ConnectionError("reset")
-        return 200, {}, {} if fault == "misfit_after" else result
+        return 200, {}, {} if fault == "misfit_after" else self.quirky(result)
+
+    def quirky(self, result):
+        """The result as some account may send it."""
+        if isinstance(result, list):
+            return [self.quirky(value) for value in result]
+        if not isinstance(result, dict):
+            return result
+        result = {name: self.quirky(value) for name, value in result.items()}
+        if "rev" in result and self.is_paper(result["name"]):
+            result["is_downloadable"] = False
+        if "no_hash" in self.quirks or result.get("is_downloadable") is False:
+            result.pop("content_hash", None)
+        if "unmounted" in self.quirks:
+            result.pop("path_lower", None)
+            result.pop("path_display", None)
+        return result
+
+    def is_paper(self, name):
+        return "paper" in self.quirks and name.endswith(".paper")
 
     def send_file(self, metadata, data, request, fault):
-        status, headers = 200, {"dropbox-api-result": json.dumps(metadata)}
+        if self.is_paper(metadata["name"]):
+            raise conflict("unsupported_file")
+        metadata = json.dumps(self.quirky(metadata))
+        status, headers = 200, {"dropbox-api-result": metadata}
         if wanted := request.headers.get("Range"):
             first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted).groups()
             first, last = int(first), min(int(last or len(data)), len(data) - 1)
             if first >= len(data):
                 raise Refused(416, "range not satisfiable")
             headers["content-range"] = f"bytes {first}-{last}/{len(data)}"
-            data, status = data[first : last + 1], 206
+            surplus = 100 if "surplus" in self.quirks else 0
+            data, status = data[first : last + 1 + surplus], 206
+        if "gzip" in self.quirks and "gzip" in request.headers["Accept-Encoding"]:
+            data, headers["content-encoding"] = gzip.compress(data, 1), "gzip"
         headers["content-length"] = str(len(data))
         if fault in ("truncate", "short"):
             data = data[: len(data) // 2]
@@ -347,6 +400,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             "expired_token": {".tag": "expired_access_token"},
             "invalid_token": {".tag": "invalid_access_token"},
             "suspended": {".tag": "user_suspended"},
+            "route_access": {".tag": "route_access_denied"},
             "missing_scope": {
                 ".tag": "missing_scope",
                 "required_scope": "files.content.write",
@@ -370,6 +424,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         if fault in ("429", "too_many_writes"):
             reason = {".tag": "too_many_requests"} if fault == "429" else busy
             error = {"reason": reason, "retry_after": value}
+            if "bare_429" in self.quirks:
+                del error["retry_after"]
             raise Refused(429, {"error_summary": "..", "error": error}, **later)
         if fault == "429_text":
             raise Refused(429, "too_many_requests", **later)
@@ -377,6 +433,12 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             raise Refused(401, {"error_summary": "..", "error": unauthorized[fault]})
         if fault == "bad_input":
             raise bad_request("bad input")
+        if fault == "no_route":
+            raise Refused(404, "Unknown API function")
+        if fault == "account_type":
+            tags = {".tag": "invalid_account_type", "invalid_account_type": "feature"}
+            summary = "invalid_account_type/feature/.."
+            raise Refused(403, {"error_summary": summary, "error": tags})
         if fault == "session_lost":
             finish = route.endswith("finish")
             raise conflict("lookup_failed/not_found" if finish else "not_found")
@@ -388,8 +450,10 @@ class FakeAccount(requests.adapters.HTTPAdapter):
 
     def upload_error(self, refused, data):
         """A write error as files/upload has it: with a session that holds the data."""
-        session = f"session-{next(self.numbers)}"
-        self.sessions[session] = Session(False, {0: data})
+        session = ""
+        if "forgetful" not in self.quirks:
+            session = f"session-{next(self.numbers)}"
+            self.sessions[session] = Session(False, {0: data})
         reason = refused.body["error"]
         return conflict(
             {".tag": "path", "reason": reason, "upload_session_id": session}
@@ -422,6 +486,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             part in ("", ".", "..")
             or part.endswith(" ")
             or "\0" in part
+            or "\x7f" in part
             or len(part) > 255
             for part in parts
         )
@@ -433,7 +498,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         path = unicodedata.normalize("NFC", target["path"])
         if self.malformed(path):
             raise conflict("malformed_path")
-        if path.rpartition("/")[2].lower() in ("desktop.ini", "thumbs.db", ".ds_store"):
+        if path.rpartition("/")[2].lower() in DISALLOWED_NAMES:
             raise conflict("disallowed_name")
         *parents, path = itertools.accumulate(path[1:].split("/"), "{}/{}".format)
         parents, path = [f"/{parent}" for parent in parents], f"/{path}"
@@ -447,6 +512,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             raise conflict("conflict/folder")
         if found and found.data == data and not strict:
             return found.metadata()
+        if found and found.data == data and "strict_same" in self.quirks:
+            raise conflict("conflict/file")
         known = mode[".tag"] == "overwrite" or (
             found and found.rev == mode.get("update")
         )
@@ -473,7 +540,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
     def files_upload(self, argument, body):
         self.check_hash(argument, body)
         try:
-            return self.commit(argument, body)
+            return untagged(self.commit(argument, body))
         except Refused as refused:
             if refused.status != 409:
                 raise
@@ -502,6 +569,9 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         if session.concurrent and offset % BLOCK:
             raise conflict(f"{error}concurrent_session_invalid_offset")
         if session.concurrent and len(body) % BLOCK and not close:
+            raise conflict(f"{error}concurrent_session_invalid_data_size")
+        empty = close and offset and not body
+        if session.concurrent and empty and "empty_close" in self.quirks:
             raise conflict(f"{error}concurrent_session_invalid_data_size")
         if session.end is not None and (body or close):
             raise conflict(f"{error}closed")
@@ -535,11 +605,11 @@ class FakeAccount(requests.adapters.HTTPAdapter):
                 raise
             raise conflict({".tag": "path", "path": refused.body["error"]}) from None
         del self.sessions[cursor["session_id"]]
-        return metadata
+        return untagged(metadata)
 
     def files_download(self, argument):
         entry = self.find_file(argument["path"])
-        return entry.metadata(), entry.data
+        return untagged(entry.metadata()), entry.data
 
     def files_get_metadata(self, argument, body):
         return self.find(argument["path"]).metadata()
@@ -569,7 +639,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             return path.startswith(start) and (recursive or "/" not in below)
 
         found = [entry.metadata() for _, entry in sorted(self.entries.items())]
-        return self.page([*filter(inside, found)], inside, len(self.changes))
+        found = [*filter(inside, found)]
+        return self.page(found, inside, len(self.changes), first=True)
 
     def files_list_folder_continue(self, argument, body):
         if argument["cursor"] not in self.cursors:
@@ -578,21 +649,21 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         found = [*found, *filter(inside, self.changes[known:])]
         return self.page(found, inside, len(self.changes))
 
-    def page(self, found, inside, known):
+    def page(self, found, inside, known, first=False):
         """A page of what was found, and what has changed since known changes."""
-        cursor, rest = f"cursor-{next(self.numbers)}", found[self.page_size :]
+        size = 0 if first and "empty_pages" in self.quirks else self.page_size
+        cursor, rest = f"cursor-{next(self.numbers)}", found[size:]
         self.cursors[cursor] = (rest, inside, known)
-        return {
-            "entries": found[: self.page_size],
-            "cursor": cursor,
-            "has_more": bool(rest),
-        }
+        more = bool(rest) or not size
+        return {"entries": found[:size], "cursor": cursor, "has_more": more}
 
     def files_get_temporary_link(self, argument, body):
         entry = self.find_file(argument["path"])
+        if self.is_paper(entry.path):
+            raise conflict("unsupported_file")
         link = f"https://content.example/apitl/{next(self.numbers)}"
         self.links[link] = entry.data
-        return {"metadata": entry.metadata(), "link": link}
+        return {"metadata": untagged(entry.metadata()), "link": link}
 
     def sharing_create_shared_link_with_settings(self, argument, body):
         entry = self.find_file(argument["path"])
@@ -603,7 +674,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
 
     def sharing_list_shared_links(self, argument, body):
         entry = self.find_file(argument["path"])
-        found = [self.shared_link(entry)] if entry.path.lower() in self.shared else []
+        told = entry.path.lower() in self.shared and "lost_links" not in self.quirks
+        found = [self.shared_link(entry)] if told else []
         return {"links": found, "has_more": False}
 
     def shared_link(self, entry):
@@ -3177,8 +3249,9 @@ class StallingAccount(FakeAccount):
 
 def run_python(code, timeout=20):
     """What a process of its own prints: seconds it may take, 20 by default."""
-    folder = pathlib.Path(module.__file__).resolve().parents[module.__name__.count(".")]
-    code = f"import {__name__} as tests\nfrom {__name__} import *\n{code}"
+    name = pathlib.Path(__file__).stem if __name__ == "__main__" else __name__
+    folder = pathlib.Path(__file__).resolve().parents[name.count(".")]
+    code = f"from {name} import *\n{code}"
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command,
@@ -3355,6 +3428,164 @@ def transfer():
                 self.assertEqual(
                     run_python(f"{transfer}\nimport atexit\n{begin}"), "True\n"
                 )
+
+
+def under_each_quirk(**options):
+    """Run a test with an account that has no quirk, with each of them, and with all."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(self):
+            for quirks in ((), *((quirk,) for quirk in QUIRKS), tuple(QUIRKS)):
+                cache.clear()
+                account = FakeAccount(page_size=3, quirks=quirks)
+                with self.subTest(quirks=quirks):
+                    test(self, account, account.storage(**options))
+
+        return run
+
+    return decorate
+
+
+class QuirkTests(StorageTestCase):
+    """All that matters works whatever the real Dropbox turns out to do."""
+
+    @under_each_quirk()
+    def test_saving_sizes_around_the_chunks(self, account, storage):
+        data = random.Random(9).randbytes(12 * MiB + 1)
+        for size in (0, 1, *(n * BLOCK + d for n in (1, 2, 3) for d in (-1, 0, 1))):
+            name = storage.save(f"{size}", ContentFile(data[:size]))
+            self.assertTrue(account.files()[f"/{name}"] == data[:size])
+        self.assertEqual(account.sessions, {})
+
+    @under_each_quirk()
+    def test_replacing_with_the_same_bytes_and_with_others(self, account, storage):
+        data = random.Random(10).randbytes(9 * MiB)
+        for mode in ("overwrite", "update"):
+            storage.write_mode = mode
+            for content in (b"a", b"a", data, data, b"b", b""):
+                self.assertEqual(storage.save("a", ContentFile(content)), "a")
+                self.assertTrue(account.files() == {"/a": content})
+                with storage.open("a", "wb") as file:
+                    file.write(content)
+                self.assertTrue(account.files() == {"/a": content})
+
+    @under_each_quirk(write_mode="update")
+    def test_update_refuses_what_has_changed(self, account, storage):
+        for size in (1, 9 * MiB):
+            account.put("/a", b"old")
+            with self.assertRaises(DropboxStorageException):
+                with storage.open("a", "wb") as file:
+                    file.write(bytes(size))
+                    account.put("/a", b"theirs")
+            self.assertEqual(account.files(), {"/a": b"theirs"})
+
+    @under_each_quirk()
+    def test_a_race_for_a_name(self, account, storage):
+        data = random.Random(11).randbytes(9 * MiB)
+        for content in (b"", b"small", data):
+            for theirs in (b"theirs", content):
+                account.entries.clear()
+                account.put("/a", theirs)
+                name = storage._save("a", ContentFile(content))
+                self.assertTrue(account.files() == {"/a": theirs, f"/{name}": content})
+                with self.assertRaises(FileExistsError):
+                    account.entries.clear()
+                    with storage.open("a", "xb") as file:
+                        file.write(content)
+                        account.put("/a", theirs)
+                self.assertTrue(account.files() == {"/a": theirs})
+
+    @under_each_quirk()
+    def test_reading_and_ranges(self, account, storage):
+        text = random.Random(12).randbytes(MiB)
+        for size in (0, 1, 3 * MiB, 13 * MiB + 1):
+            data = (text * (size // MiB + 1))[:size]
+            account.put("/a", data)
+            with storage.open("a") as file:
+                self.assertTrue(file.read() == data)
+                for start in (0, size // 3, size - 1):
+                    file.seek(max(0, start))
+                    self.assertTrue(file.read(5) == data[max(0, start) :][:5])
+                file.seek(size // 2)
+                account.fail("files/download", "truncate")
+                self.assertTrue(file.read() == data[size // 2 :])
+                account.faults.clear()
+
+    def test_what_is_compressed_all_the_same_is_an_error(self):
+        class Compressing(FakeAccount):
+            def send_file(self, metadata, data, request, fault):
+                request.headers["Accept-Encoding"] = "gzip"
+                return super().send_file(metadata, data, request, fault)
+
+        account = Compressing(quirks=("gzip",))
+        account.put("/a", b"0123456789" * MiB)
+        with self.assertRaisesRegex(DropboxStorageException, "found gzip"):
+            account.storage().open("a")
+
+    @under_each_quirk()
+    def test_looking_and_listing(self, account, storage):
+        preloading = account.storage(preload_metadata=True)
+        self.assertEqual(storage.listdir(""), ([], []))
+        for i in range(4):
+            account.put(f"/Dir/{i}", b"12345")
+            account.put(f"/Dir/Sub/{i}")
+        for one in (storage, preloading):
+            if "unmounted" in account.quirks and one is preloading:
+                with self.raises(
+                    DropboxStorageException,
+                    "'/': its namespace is not mounted; set preload_metadata to False.",
+                ):
+                    one.listdir("dir")
+                continue
+            folders, files = one.listdir("dir")
+            self.assertEqual((folders, sorted(files)), (["Sub"], ["0", "1", "2", "3"]))
+            self.assertEqual(one.size("dir/1"), 5)
+            self.assertTrue(one.exists("DIR/sub/3"))
+            self.assertFalse(one.exists("dir/9"))
+            self.assertIsInstance(one.get_modified_time("dir/1"), datetime.datetime)
+        storage.delete("dir")
+        self.assertFalse(storage.exists("dir/1"))
+
+    @under_each_quirk()
+    def test_links(self, account, storage):
+        account.put("/a", b"12345")
+        self.assertEqual(account.links[storage.url("a")], b"12345")
+        sharing = account.storage(shared_links=True)
+        link = sharing.url("a")
+        self.assertIn("raw=1", link)
+        self.assertEqual(sharing.url("a"), link)
+        cache.clear()
+        if "lost_links" in account.quirks:
+            with self.assertRaisesRegex(
+                DropboxStorageException, "remove it on dropbox.com"
+            ) as caught:
+                sharing.url("a")
+            self.assertEqual(caught.exception.reason, "shared_link_already_exists")
+        else:
+            self.assertEqual(sharing.url("a"), link)
+
+    @under_each_quirk()
+    def test_waiting_for_as_long_as_dropbox_asks(self, account, storage):
+        for fault in ("429", "429_text", "too_many_writes"):
+            account.faults.clear()
+            account.fail("files/get_metadata", fault, value=90)
+            with self.assertRaisesRegex(
+                DropboxStorageException, "Dropbox asks to wait 90 s, max_wait is 60"
+            ):
+                storage.exists("a")
+
+    @under_each_quirk()
+    def test_paper(self, account, storage):
+        account.put("/a.paper", b"x")
+        if "paper" in account.quirks:
+            for use in (storage.open, storage.url):
+                with self.assertRaisesRegex(DropboxStorageException, "Paper"):
+                    use("a.paper")
+            self.assertTrue(storage.exists("a.paper"))
+            self.assertEqual(storage.size("a.paper"), 1)
+        else:
+            self.assertEqual(storage.open("a.paper").read(), b"x")
 
 
 # By name, as hypothesis would spell out what is large.
@@ -3537,8 +3768,8 @@ def show_file(account, storage, path):
 class DemoTests(SimpleTestCase):
     def test_it_shows_every_step_and_counts_what_differs(self):
         class Forgetful(FakeAccount):
-            def page(self, found, *args):
-                return super().page([], *args)
+            def page(self, found, *args, **kwargs):
+                return super().page([], *args, **kwargs)
 
         for account, failures in ((FakeAccount(), 0), (Forgetful(), 1)):
             with contextlib.redirect_stdout(io.StringIO()) as output:
