@@ -2441,6 +2441,55 @@ class ErrorTests(StorageTestCase):
                 error = error.__context__
             self.assertIs(error, before)
 
+    def test_what_the_sdk_does_not_know_is_told_in_dropboxs_own_words(self):
+        for fault, said in {
+            "no_route": "HTTP 404 Unknown API function.",
+            "account_type": 'HTTP 403 {"error_summary": "invalid_account_type/feature/..", '
+            '"error": {".tag": "invalid_account_type", "invalid_account_type": "feature"}} '
+            "(the account's plan does not have this feature).",
+        }.items():
+            for route, act in (
+                ("files/get_metadata", lambda: self.storage.exists("a")),
+                ("files/upload", lambda: self.storage._save("a", ContentFile(b"x"))),
+                ("files/download", lambda: self.storage.open("a")),
+            ):
+                self.account.fail(route, fault)
+                message = f"{route} of '/a' failed: {said}"
+                with self.account.counting() as calls:
+                    with self.raises(DropboxStorageException, message) as caught:
+                        act()
+                self.assertEqual(sum(calls.values()), 1)
+                self.assertEqual(caught.exception.reason, said[:8])
+                self.account.faults.clear()
+
+    def test_hints_are_about_what_was_said(self):
+        sharing = self.account.storage(shared_links=True)
+        for storage, route, act, fault, hint in (
+            (sharing, "*", "url", "/access_denied", "sharing is off"),
+            (sharing, "*", "url", "route_access", None),
+            (self.storage, "*", "delete", "/too_many_files", "too large"),
+            (
+                self.storage,
+                "*",
+                "exists",
+                "/path/malformed_path",
+                "DEL, space at an end",
+            ),
+            (self.storage, "*", "exists", "/path/malformed_path", "no emoji"),
+        ):
+            self.account.fail(route, fault)
+            with self.assertRaises(DropboxStorageException) as caught:
+                getattr(storage, act)("a")
+            shown = str(caught.exception)
+            self.assertEqual("(" in shown, hint is not None, shown)
+            self.assertIn(hint or "route_access_denied", shown)
+            self.account.faults.clear()
+
+    def test_what_dropbox_cannot_name_it_refuses(self):
+        for name in ("a\x7fb", "a\\b\x7f"):
+            with self.assertRaisesRegex(DropboxStorageException, "DEL"):
+                self.storage.save(name, ContentFile(b"x"))
+
 
 class LinkTests(StorageTestCase):
     def setUp(self):
@@ -3054,6 +3103,7 @@ TRANSIENT += (
     "expired_token",
 )
 PERMANENT = ("invalid_token", "missing_scope", "suspended", "bad_input", "/brand_new")
+PERMANENT += ("no_route", "account_type", "route_access")
 # Those that only some routes know.
 BUSY = {
     "files/upload": "/path/too_many_write_operations",
