@@ -44,14 +44,17 @@ from urllib.parse import parse_qs, urlsplit
 
 import django
 import dropbox
-import hypothesis
 import requests
 import urllib3
 from django import urls
-from django.conf import settings
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from django.conf import global_settings, settings
+
+try:
+    import hypothesis
+    from hypothesis import strategies as st
+    from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+except ImportError:
+    hypothesis = None
 
 if not settings.configured:
     apps = ["django.contrib.auth", "django.contrib.contenttypes"]
@@ -797,13 +800,82 @@ class FakeDropboxTests(unittest.TestCase):
         self.assertEqual(self.account.calls["files/get_metadata"], 2)
 
 
+# Neither the network nor the project's settings
+
+
+class Network:
+    """The way out of the process, which is shut while tests run."""
+
+    def __init__(self):
+        self.attempts = []
+        self.guard = unittest.mock.patch.object(
+            urllib3.util.connection, "create_connection", self.refuse
+        )
+
+    def refuse(self, address, *args, **kwargs):
+        self.attempts.append(address)
+        raise RuntimeError(
+            f"A test has tried to reach {address[0]}: FakeAccount.connect() its storage."
+        )
+
+
+network = Network()
+
+# What a project may have set, as Django has it by default.
+NEUTRAL = "CACHES|LOGGING|MEDIA_|MIDDLEWARE|STATIC_|STATICFILES_[DF]|FILE_UPLOAD_|"
+NEUTRAL += "ROOT_URLCONF|TIME_ZONE|"
+NEUTRAL += "STORAGES" if django.VERSION >= (4, 2) else ".*_STORAGE"
+neutral_settings = override_settings(
+    **{
+        name: getattr(global_settings, name)
+        for name in dir(global_settings)
+        if re.match(NEUTRAL, name)
+    },
+    USE_TZ=True,
+)
+isolation = contextlib.ExitStack()
+
+
+def setUpModule():
+    isolation.enter_context(network.guard)
+    isolation.enter_context(neutral_settings)
+    for name in dir(settings):
+        if name.startswith("DROPBOX_"):
+            delattr(settings, name)
+    isolation.callback(logging.disable, logging.root.manager.disable)
+    logging.disable(logging.NOTSET)
+    isolation.callback(setattr, module.logger, "disabled", module.logger.disabled)
+    module.logger.disabled = False
+
+
+def tearDownModule():
+    isolation.close()
+
+
+class IsolationTests(unittest.TestCase):
+    def test_what_is_not_mounted_on_an_account_fails_at_once_and_says_so(self):
+        storage, attempts = DropboxStorage("token"), len(network.attempts)
+        for act in (
+            lambda: storage.exists("a"),
+            lambda: storage.save("a", ContentFile(bytes(9 * MiB))),
+            lambda: storage.open("a"),
+            lambda: requests.get("https://www.example.com/"),
+        ):
+            with self.assertRaisesRegex(RuntimeError, "A test has tried to reach"):
+                act()
+        self.assertEqual(len(network.attempts), attempts + 4)
+        del network.attempts[attempts:]
+
+    def test_the_projects_settings_are_not_seen(self):
+        self.assertFalse([n for n in dir(settings) if n.startswith("DROPBOX_")])
+        self.assertEqual(DropboxStorage().root_path, "/")
+        default = type(django_storage.default_storage._wrapped or object())
+        self.assertFalse(issubclass(default, DropboxStorage))
+
+
 # The storage
 
 
-@override_settings(
-    USE_TZ=True,
-    CACHES={"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}},
-)
 class StorageTestCase(SimpleTestCase):
     """Tests of one storage on one fake account."""
 
@@ -944,12 +1016,6 @@ class OptionTests(StorageTestCase):
             self.assertEqual(DropboxStorage(root_path=spelling).root_path, root)
 
 
-NASTY = ("..", ".", "", "a", "\\", "e\u0301", "\xe9", "ß", "x y", "~", "COM1", "...")
-names = st.lists(st.sampled_from(NASTY) | st.text(max_size=5), max_size=5).map("/".join)
-names = names | st.text(max_size=20)
-roots = st.sampled_from(["/", "/root", "/a/b", "/e\u0301"])
-
-
 class NameTests(StorageTestCase):
     def test_a_name_has_one_form(self):
         for spelling, name in {
@@ -1048,30 +1114,6 @@ class NameTests(StorageTestCase):
         name = f"{'x' * 250}.jpeg"
         self.save(name)
         self.assertEqual(len(self.save(name)), 255)
-
-    @given(name=names, root=roots)
-    @hypothesis.settings(max_examples=200, deadline=None)
-    def test_every_name_stays_below_the_root_or_is_refused(self, name, root):
-        account = FakeAccount()
-        storage = account.storage(root_path=root)
-        try:
-            saved = storage.save(name, ContentFile(b"x"))
-        except (SuspiciousFileOperation, DropboxStorageException, IsADirectoryError):
-            self.assertEqual(account.files(), {})
-        else:
-            path = f"{storage.root_path.rstrip('/')}/{saved}"
-            self.assertEqual(account.files(), {path: b"x"})
-            self.assertTrue(unicodedata.is_normalized("NFC", path))
-            self.assertEqual(storage.open(name).read(), b"x")
-
-    @given(name=st.text(min_size=1).filter(lambda name: name.strip(". \t\r\n")))
-    @hypothesis.settings(max_examples=200, deadline=None)
-    def test_every_valid_name_can_be_saved(self, name):
-        try:
-            valid = self.storage.get_valid_name(name)
-        except SuspiciousFileOperation:
-            return
-        self.assertIn(f"/{self.save(valid)}", self.account.files())
 
 
 class Unsized:
@@ -2809,6 +2851,8 @@ class ManifestTests(StorageTestCase):
                 STORAGES={"default": backend, "staticfiles": backend},
             ):
                 get_finder.cache_clear()
+                self.addCleanup(get_finder.cache_clear)
+                self.addCleanup(delattr, ManifestStorage, "client")
                 ManifestStorage.client = FakeDropbox(self.account)
                 call_command("collectstatic", interactive=False, verbosity=0)
                 style, picture = static("a.css"), static("b.png")
@@ -2900,9 +2944,10 @@ class PreloadTests(StorageTestCase):
 
     def collect(self, **options):
         """Run collectstatic as in a new process; return its number of calls."""
-        staticfiles.staticfiles_storage._wrapped = self.account.connect(
-            DropboxStorage()
-        )
+        lazy = staticfiles.staticfiles_storage
+        self.addCleanup(setattr, lazy, "_wrapped", lazy._wrapped)
+        self.addCleanup(get_finder.cache_clear)
+        lazy._wrapped = self.account.connect(DropboxStorage())
         with self.account.counting() as calls:
             call_command("collectstatic", interactive=False, verbosity=0, **options)
         return sum(calls.values())
@@ -3638,125 +3683,185 @@ class QuirkTests(StorageTestCase):
             self.assertEqual(storage.open("a.paper").read(), b"x")
 
 
-# By name, as hypothesis would spell out what is large.
-CONTENTS = {"empty": b"", "small": b"one", "other": b"two", "large": LARGE}
+# Whatever hypothesis thinks of
 
-
-class AccountMachine(RuleBasedStateMachine):
-    """Any sequence of operations and faults leaves the account as it must be."""
-
-    some = st.sampled_from(["a", "A", "b", "d/a", "D/b", "d/e\u0301", "d/\xe9"])
-    contents = st.sampled_from(["empty", "small", "other", "large"])
-
-    def __init__(self):
-        super().__init__()
-        cache.clear()
-        self.account, self.model = FakeAccount(page_size=2), {}
-        self.add = self.account.storage()
-        self.overwrite = self.account.storage(write_mode="overwrite")
-        self.update = self.account.storage(write_mode="update")
-
-    def key(self, name):
-        return "/" + unicodedata.normalize("NFC", name).lower()
-
-    @contextlib.contextmanager
-    def refusing(self, missing=None):
-        """A permanent fault is reported and changes nothing, as is a missing file."""
-        permanent = any(fault[1] in PERMANENT for fault in self.account.faults)
-        try:
-            yield
-        except DropboxStorageException:
-            assert permanent
-        except FileNotFoundError:
-            assert missing and missing not in self.model
-
-    @rule(
-        route=st.sampled_from(["*", "files/upload", "files/upload_session/finish"]),
-        fault=st.sampled_from([f for f in TRANSIENT if f != "expired_token"]),
-        nth=st.integers(1, 2),
-        times=st.integers(1, 3),
+if hypothesis:
+    NASTY = (
+        "..",
+        ".",
+        "",
+        "a",
+        "\\",
+        "e\u0301",
+        "\xe9",
+        "ß",
+        "x y",
+        "~",
+        "COM1",
+        "...",
     )
-    def fail(self, route, fault, nth, times):
-        self.account.faults.clear()
-        self.account.fail(route, fault, nth, times)
+    names = st.lists(st.sampled_from(NASTY) | st.text(max_size=5), max_size=5).map(
+        "/".join
+    )
+    names = names | st.text(max_size=20)
+    roots = st.sampled_from(["/", "/root", "/a/b", "/e\u0301"])
 
-    @rule(fault=st.sampled_from(PERMANENT), nth=st.integers(1, 3))
-    def refuse(self, fault, nth):
-        self.account.faults.clear()
-        self.account.fail("*", fault, nth, 99)
+    class NamePropertyTests(StorageTestCase):
+        @hypothesis.given(name=names, root=roots)
+        @hypothesis.settings(max_examples=200, deadline=None)
+        def test_every_name_stays_below_the_root_or_is_refused(self, name, root):
+            account = FakeAccount()
+            storage = account.storage(root_path=root)
+            try:
+                saved = storage.save(name, ContentFile(b"x"))
+            except (
+                SuspiciousFileOperation,
+                DropboxStorageException,
+                IsADirectoryError,
+            ):
+                self.assertEqual(account.files(), {})
+            else:
+                path = f"{storage.root_path.rstrip('/')}/{saved}"
+                self.assertEqual(account.files(), {path: b"x"})
+                self.assertTrue(unicodedata.is_normalized("NFC", path))
+                self.assertEqual(storage.open(name).read(), b"x")
 
-    @rule()
-    def recover(self):
-        self.account.faults.clear()
+        @hypothesis.given(
+            name=st.text(min_size=1).filter(lambda name: name.strip(". \t\r\n"))
+        )
+        @hypothesis.settings(max_examples=200, deadline=None)
+        def test_every_valid_name_can_be_saved(self, name):
+            try:
+                valid = self.storage.get_valid_name(name)
+            except SuspiciousFileOperation:
+                return
+            self.assertIn(f"/{self.save(valid)}", self.account.files())
 
-    @rule(name=some, content=contents)
-    def another_device_writes(self, name, content):
-        self.account.put(f"/{name}", CONTENTS[content])
-        self.model[self.key(name)] = CONTENTS[content]
+    # By name, as hypothesis would spell out what is large.
+    CONTENTS = {"empty": b"", "small": b"one", "other": b"two", "large": LARGE}
 
-    @rule(name=some, content=contents)
-    def save(self, name, content):
-        with self.refusing():
-            saved = self.add.save(name, ContentFile(CONTENTS[content]))
-            assert self.key(saved) not in self.model
-            self.model[self.key(saved)] = CONTENTS[content]
+    class AccountMachine(RuleBasedStateMachine):
+        """Any sequence of operations and faults leaves the account as it must be."""
 
-    @rule(name=some, content=contents, mode=st.sampled_from(["overwrite", "update"]))
-    def replace(self, name, content, mode):
-        with self.refusing():
-            assert getattr(self, mode).save(
-                name, ContentFile(CONTENTS[content])
-            ) == name_of(name)
+        some = st.sampled_from(["a", "A", "b", "d/a", "D/b", "d/e\u0301", "d/\xe9"])
+        contents = st.sampled_from(["empty", "small", "other", "large"])
+
+        def __init__(self):
+            super().__init__()
+            cache.clear()
+            self.account, self.model = FakeAccount(page_size=2), {}
+            self.add = self.account.storage()
+            self.overwrite = self.account.storage(write_mode="overwrite")
+            self.update = self.account.storage(write_mode="update")
+
+        def key(self, name):
+            return "/" + unicodedata.normalize("NFC", name).lower()
+
+        @contextlib.contextmanager
+        def refusing(self, missing=None):
+            """A permanent fault is reported and changes nothing, as is a missing file."""
+            permanent = any(fault[1] in PERMANENT for fault in self.account.faults)
+            try:
+                yield
+            except DropboxStorageException:
+                assert permanent
+            except FileNotFoundError:
+                assert missing and missing not in self.model
+
+        @rule(
+            route=st.sampled_from(["*", "files/upload", "files/upload_session/finish"]),
+            fault=st.sampled_from([f for f in TRANSIENT if f != "expired_token"]),
+            nth=st.integers(1, 2),
+            times=st.integers(1, 3),
+        )
+        def fail(self, route, fault, nth, times):
+            self.account.faults.clear()
+            self.account.fail(route, fault, nth, times)
+
+        @rule(fault=st.sampled_from(PERMANENT), nth=st.integers(1, 3))
+        def refuse(self, fault, nth):
+            self.account.faults.clear()
+            self.account.fail("*", fault, nth, 99)
+
+        @rule()
+        def recover(self):
+            self.account.faults.clear()
+
+        @rule(name=some, content=contents)
+        def another_device_writes(self, name, content):
+            self.account.put(f"/{name}", CONTENTS[content])
             self.model[self.key(name)] = CONTENTS[content]
 
-    @rule(name=some, content=contents, breaks=st.booleans())
-    def write(self, name, content, breaks):
-        with self.refusing(), contextlib.suppress(ZeroDivisionError):
-            with self.add.open(name, "wb") as file:
-                file.write(CONTENTS[content])
-                assert not breaks or 1 / 0
-            self.model[self.key(name)] = CONTENTS[content]
+        @rule(name=some, content=contents)
+        def save(self, name, content):
+            with self.refusing():
+                saved = self.add.save(name, ContentFile(CONTENTS[content]))
+                assert self.key(saved) not in self.model
+                self.model[self.key(saved)] = CONTENTS[content]
 
-    @rule(name=some)
-    def delete(self, name):
-        with self.refusing():
-            self.add.delete(name)
-            self.model.pop(self.key(name), None)
+        @rule(
+            name=some, content=contents, mode=st.sampled_from(["overwrite", "update"])
+        )
+        def replace(self, name, content, mode):
+            with self.refusing():
+                assert getattr(self, mode).save(
+                    name, ContentFile(CONTENTS[content])
+                ) == name_of(name)
+                self.model[self.key(name)] = CONTENTS[content]
 
-    @rule(name=some)
-    def look(self, name):
-        key = self.key(name)
-        with self.refusing(key):
-            assert self.add.exists(name) == (key in self.model)
-            assert self.add.size(name) == len(self.model[key])
-            assert self.add.url(name) in self.account.links
+        @rule(name=some, content=contents, breaks=st.booleans())
+        def write(self, name, content, breaks):
+            with self.refusing(), contextlib.suppress(ZeroDivisionError):
+                with self.add.open(name, "wb") as file:
+                    file.write(CONTENTS[content])
+                    assert not breaks or 1 / 0
+                self.model[self.key(name)] = CONTENTS[content]
 
-    @rule(name=some)
-    def read(self, name):
-        with self.refusing(self.key(name)), self.add.open(name) as file:
-            assert file.read() == self.model[self.key(name)]
+        @rule(name=some)
+        def delete(self, name):
+            with self.refusing():
+                self.add.delete(name)
+                self.model.pop(self.key(name), None)
 
-    @rule()
-    def list(self):
-        with self.refusing():
-            folders, files = self.add.listdir("")
-            found = {self.key(name) for name in files}
-            assert found == {key for key in self.model if "/" not in key[1:]}
+        @rule(name=some)
+        def look(self, name):
+            key = self.key(name)
+            with self.refusing(key):
+                assert self.add.exists(name) == (key in self.model)
+                assert self.add.size(name) == len(self.model[key])
+                assert self.add.url(name) in self.account.links
 
-    @invariant()
-    def the_account_holds_what_it_must(self):
-        files = self.account.files()
-        assert {path.lower(): data for path, data in files.items()} == self.model
+        @rule(name=some)
+        def read(self, name):
+            with self.refusing(self.key(name)), self.add.open(name) as file:
+                assert file.read() == self.model[self.key(name)]
 
+        @rule()
+        def list(self):
+            with self.refusing():
+                folders, files = self.add.listdir("")
+                found = {self.key(name) for name in files}
+                assert found == {key for key in self.model if "/" not in key[1:]}
 
-def name_of(name):
-    return unicodedata.normalize("NFC", name)
+        @invariant()
+        def the_account_holds_what_it_must(self):
+            files = self.account.files()
+            assert {path.lower(): data for path, data in files.items()} == self.model
 
+    def name_of(name):
+        return unicodedata.normalize("NFC", name)
 
-AccountMachineTests = AccountMachine.TestCase
-AccountMachineTests.settings = hypothesis.settings(
-    max_examples=100, stateful_step_count=30, deadline=None
-)
+    AccountMachineTests = AccountMachine.TestCase
+    AccountMachineTests.settings = hypothesis.settings(
+        max_examples=100, stateful_step_count=30, deadline=None
+    )
+
+else:
+
+    class HypothesisTests(unittest.TestCase):
+        @unittest.skip("install hypothesis for the tests of any name and any sequence")
+        def test_whatever_hypothesis_thinks_of(self):
+            pass
 
 
 # The demo
