@@ -52,7 +52,12 @@ from django.conf import global_settings, settings
 try:
     import hypothesis
     from hypothesis import strategies as st
-    from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+    from hypothesis.stateful import (
+        RuleBasedStateMachine,
+        invariant,
+        rule,
+        run_state_machine_as_test,
+    )
 except ImportError:
     hypothesis = None
 
@@ -807,12 +812,16 @@ class Network:
     """The way out of the process, which is shut while tests run."""
 
     def __init__(self):
-        self.attempts = []
-        self.guard = unittest.mock.patch.object(
-            urllib3.util.connection, "create_connection", self.refuse
-        )
+        self.is_open, self.attempts = False, []
+        self.connect = urllib3.util.connection.create_connection
+
+    def shut(self):
+        way = urllib3.util.connection
+        return unittest.mock.patch.object(way, "create_connection", self.refuse)
 
     def refuse(self, address, *args, **kwargs):
+        if self.is_open:
+            return self.connect(address, *args, **kwargs)
         self.attempts.append(address)
         raise RuntimeError(
             f"A test has tried to reach {address[0]}: FakeAccount.connect() its storage."
@@ -837,7 +846,7 @@ isolation = contextlib.ExitStack()
 
 
 def setUpModule():
-    isolation.enter_context(network.guard)
+    isolation.enter_context(network.shut())
     isolation.enter_context(neutral_settings)
     for name in dir(settings):
         if name.startswith("DROPBOX_"):
@@ -850,6 +859,7 @@ def setUpModule():
 
 def tearDownModule():
     isolation.close()
+    assert not network.attempts, f"Something asked for {network.attempts}."
 
 
 class IsolationTests(unittest.TestCase):
@@ -3851,10 +3861,12 @@ if hypothesis:
     def name_of(name):
         return unicodedata.normalize("NFC", name)
 
-    AccountMachineTests = AccountMachine.TestCase
-    AccountMachineTests.settings = hypothesis.settings(
-        max_examples=100, stateful_step_count=30, deadline=None
-    )
+    class AccountMachineTests(unittest.TestCase):
+        def test_any_sequence(self):
+            some = hypothesis.settings(
+                max_examples=100, stateful_step_count=30, deadline=None
+            )
+            run_state_machine_as_test(AccountMachine, settings=some)
 
 else:
 
@@ -3862,6 +3874,278 @@ else:
         @unittest.skip("install hypothesis for the tests of any name and any sequence")
         def test_whatever_hypothesis_thinks_of(self):
             pass
+
+
+# On a real account
+
+LIVE = {
+    option: os.environ[f"DROPBOX_TEST_{name}"]
+    for option, name in (
+        ("oauth2_access_token", "TOKEN"),
+        ("oauth2_refresh_token", "REFRESH_TOKEN"),
+        ("app_key", "APP_KEY"),
+        ("app_secret", "APP_SECRET"),
+    )
+    if os.environ.get(f"DROPBOX_TEST_{name}")
+}
+
+
+class PagingDropbox(dropbox.Dropbox):
+    """Lists in small pages."""
+
+    def files_list_folder(self, path, recursive=False):
+        return super().files_list_folder(path, recursive, limit=2)
+
+
+@unittest.skipUnless(
+    LIVE,
+    "set DROPBOX_TEST_TOKEN, or DROPBOX_TEST_REFRESH_TOKEN, _APP_KEY and _APP_SECRET",
+)
+class LiveTests(SimpleTestCase):
+    """What the README promises, on a real account: in one new folder, removed at the end.
+
+    Prints a table of this account's answers to what no document of Dropbox's settles.
+    """
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        network.is_open = True
+        cls.addClassCleanup(setattr, network, "is_open", False)
+        cls.root = f"/dropbox_storage-tests-{os.urandom(6).hex()}"
+        cls.addClassCleanup(DropboxStorage(**LIVE).delete, cls.root.lstrip("/"))
+        cls.data = random.Random(13).randbytes(12 * MiB + 1)
+
+    def setUp(self):
+        cache.clear()
+        self.storage = self.new_storage()
+
+    def new_storage(self, **options):
+        folder = self.id().rpartition(".")[2]
+        options = {"root_path": f"{self.root}/{folder}", **LIVE, **options}
+        return DropboxStorage(**options)
+
+    def save(self, name, content=b"", storage=None):
+        return (storage or self.storage).save(name, ContentFile(content))
+
+    def read(self, name):
+        with self.storage.open(name) as file:
+            return file.read()
+
+    def test_sizes_around_the_chunks(self):
+        for size in (0, 1, *(n * BLOCK + d for n in (1, 2, 3) for d in (-1, 0, 1))):
+            name = self.save(f"{size}.bin", self.data[:size])
+            self.assertEqual(self.storage.size(name), size)
+            self.assertTrue(self.read(name) == self.data[:size])
+        with self.storage.open("written.bin", "wb") as file:
+            for start in range(0, len(self.data), MiB):
+                file.write(self.data[start : start + MiB])
+        self.assertTrue(self.read("written.bin") == self.data)
+
+    def test_ranges_and_reading_ahead(self):
+        self.save("a.bin", self.data)
+        with self.storage.open("a.bin") as file:
+            for start in (9 * MiB, 5, len(self.data) - 3, 4 * MiB - 1):
+                file.seek(start)
+                self.assertTrue(file.read(100) == self.data[start : start + 100])
+            file.seek(MiB)
+            self.assertTrue(file.read() == self.data[MiB:])
+        with self.storage.open("a.bin") as file:
+            head = file.read(5)
+            with self.storage.open("a.bin", "wb") as other:
+                other.write(b"new")
+            self.assertTrue(head + file.read() == self.data)
+
+    def test_two_storages_that_save_one_name_get_a_file_each(self):
+        for content in (b"same", self.data[: 9 * MiB]):
+            storages = [self.new_storage() for _ in range(4)]
+
+            def save(storage, content=content):
+                return storage._save("a.bin", ContentFile(content))
+
+            with ThreadPoolExecutor(4) as pool:
+                names = {*pool.map(save, storages)}
+            self.assertEqual(len(names), 4)
+            for name in names:
+                self.assertTrue(self.read(name) == content)
+            self.storage.delete("a.bin")
+
+    def test_replacing_in_each_mode(self):
+        for mode in ("overwrite", "update"):
+            storage = self.new_storage(write_mode=mode)
+            for content in (b"a", b"a", b"b", self.data, self.data, b""):
+                self.assertEqual(self.save(mode, content, storage), mode)
+                self.assertTrue(self.read(mode) == content)
+        with self.assertRaises(DropboxStorageException):
+            with storage.open("update", "wb") as file:
+                file.write(b"mine")
+                self.save("update", b"theirs", self.new_storage(write_mode="overwrite"))
+        with self.assertRaises(FileExistsError), self.storage.open("new", "xb") as file:
+            file.write(b"mine")
+            self.save("new", b"theirs")
+        self.assertEqual((self.read("update"), self.read("new")), (b"theirs",) * 2)
+
+    def test_names(self):
+        for name in (
+            "desktop.ini",
+            "e\u0301",
+            "x" * 300,
+            "dots...",
+            " a b.txt",
+            "a\x7fb",
+        ):
+            valid = self.storage.get_valid_name(name)
+            self.assertEqual(self.save(valid, b"x"), valid)
+            self.assertTrue(self.storage.exists(valid.upper()))
+        for name in ("desktop.ini", "a\x7fb", "space /a"):
+            with self.assertRaises(DropboxStorageException):
+                self.storage._save(name, ContentFile(b"x"))
+        self.save("Dir/a")
+        with self.assertRaises(NotADirectoryError):
+            self.save("dir/A/b")
+        for use in (self.storage.open, self.storage.size):
+            self.assertRaises(FileNotFoundError, use, "missing")
+            self.assertRaises(IsADirectoryError, use, "dir")
+
+    def test_listing_over_several_pages(self):
+        self.assertEqual(self.storage.listdir(""), ([], []))
+        for name in ("1", "2", "3", "4", "Sub/5"):
+            self.save(name, b"12345")
+        self.storage.client.__class__ = PagingDropbox
+        folders, files = self.storage.listdir("")
+        self.assertEqual((folders, sorted(files)), (["Sub"], ["1", "2", "3", "4"]))
+        self.storage.delete("3")
+        self.storage.delete("Sub")
+        self.storage.delete("missing")
+        self.assertEqual(sorted(self.storage.listdir("")[1]), ["1", "2", "4"])
+        age = time.time() - self.storage.get_modified_time("1").timestamp()
+        self.assertLess(abs(age), 600)
+
+    def test_links_lead_to_the_bytes(self):
+        self.save("a b.txt", b"12345")
+        link = self.storage.url("a b.txt")
+        self.assertEqual(requests.get(link, timeout=60).content, b"12345")
+        self.assertEqual(self.storage.url("A b.TXT"), link)
+        sharing = self.new_storage(shared_links=True)
+        try:
+            shared = sharing.url("a b.txt")
+        except DropboxStorageException as error:
+            raise unittest.SkipTest(f"no shared link: {error}") from error
+        if dropbox.session.API_HOST == "api.dropboxapi.com":
+            self.assertEqual(requests.get(shared, timeout=60).content, b"12345")
+
+    @unittest.skipUnless("oauth2_refresh_token" in LIVE, "needs a refresh token")
+    def test_a_token_that_expires(self):
+        self.save("a", b"x")
+        old = self.storage.client._oauth2_access_token
+        self.storage.client._oauth2_access_token_expiration = datetime.datetime(
+            2020, 1, 1
+        )
+        self.assertEqual(self.read("a"), b"x")
+        self.assertNotEqual(self.storage.client._oauth2_access_token, old)
+
+    def test_questions_that_no_document_settles(self):
+        self.save("a", b"x")
+        for question, answer in {
+            "Are names with emoji taken?": self.takes_emoji,
+            "Does a refused files/upload keep its data?": self.keeps_refused_data,
+            "Does strict_conflict refuse identical bytes for the right rev?": self.is_strict,
+            "May an empty append close a session that holds data?": self.closes_empty,
+            "Is a download compressed for those who accept it?": self.compresses,
+            "Does a reply end where its range does?": self.keeps_to_ranges,
+            "Does metadata have a content_hash?": self.has_hash,
+            "Does metadata have paths?": self.has_paths,
+            "May a page of a listing be empty and have more?": self.has_empty_pages,
+            "Is an existing shared link told?": self.tells_links,
+            "Can a file that ends in .paper be downloaded?": self.downloads_paper,
+            "Does a 429 tell in JSON how long to wait?": lambda: "cannot be forced",
+        }.items():
+            try:
+                found = answer()
+            except dropbox.exceptions.DropboxException as error:
+                found = f"cannot be told: {module._reason(error)}"
+            found = {True: "yes", False: "no"}.get(found, found)
+            print(f"{question:<65} {found}")
+
+    def path(self, name):
+        return self.storage._path(name)
+
+    def takes_emoji(self):
+        try:
+            self.save("\U0001f600.txt")
+        except DropboxStorageException as error:
+            return error.reason
+        return True
+
+    def keeps_refused_data(self):
+        client, files = self.storage.client, dropbox.files
+        self.save("taken", b"theirs")
+        try:
+            client.files_upload(b"mine", self.path("taken"))
+        except dropbox.exceptions.ApiError as error:
+            session = error.error.get_path().upload_session_id
+        if not session:
+            return "no: upload_session_id is empty"
+        commit = files.CommitInfo(self.path("finished"))
+        cursor = files.UploadSessionCursor(session, 4)
+        client.files_upload_session_finish(b"", cursor, commit)
+        return self.read("finished") == b"mine"
+
+    def is_strict(self):
+        client, path = self.storage.client, self.path("strict")
+        mode = dropbox.files.WriteMode.update(client.files_upload(b"x", path).rev)
+        try:
+            client.files_upload(b"x", path, mode=mode, strict_conflict=True)
+        except dropbox.exceptions.ApiError:
+            return True
+        return False
+
+    def closes_empty(self):
+        client, files = self.storage.client, dropbox.files
+        kind = files.UploadSessionType.concurrent
+        session = client.files_upload_session_start(b"", session_type=kind).session_id
+        cursor = files.UploadSessionCursor(session, 0)
+        client.files_upload_session_append_v2(self.data[:BLOCK], cursor)
+        cursor = files.UploadSessionCursor(session, BLOCK)
+        try:
+            client.files_upload_session_append_v2(b"", cursor, close=True)
+        except dropbox.exceptions.ApiError as error:
+            return f"no: {module._reason(error)}"
+        return True
+
+    def compresses(self):
+        self.save("text", b"text " * 100_000)
+        _, response = self.storage.client.files_download(self.path("text"))
+        response.close()
+        return response.headers.get("Content-Encoding", False)
+
+    def keeps_to_ranges(self):
+        self.save("ranged", bytes(1000))
+        client = self.storage.client.clone(headers={"Range": "bytes=10-19"})
+        return len(client.files_download(self.path("ranged"))[1].content) == 10
+
+    def has_hash(self):
+        return bool(self.storage._metadata(self.path("a")).content_hash)
+
+    def has_paths(self):
+        return bool(self.storage._metadata(self.path("a")).path_display)
+
+    def has_empty_pages(self):
+        page = self.storage.client.files_list_folder(self.storage.root_path)
+        return page.has_more and not page.entries
+
+    def tells_links(self):
+        path = self.path("a")
+        self.storage.client.sharing_create_shared_link_with_settings(path)
+        found = self.storage.client.sharing_list_shared_links(path, direct_only=True)
+        return bool(found.links)
+
+    def downloads_paper(self):
+        self.save("a.paper", b"x")
+        try:
+            return self.read("a.paper") == b"x"
+        except DropboxStorageException as error:
+            return f"no: {error.reason}"
 
 
 # The demo
@@ -3873,7 +4157,7 @@ def demo(paths, account):
     default = {"DEFAULT_FILE_STORAGE": backend}
     if django.VERSION >= (4, 2):
         default = {"STORAGES": {"default": {"BACKEND": backend}}}
-    with override_settings(**default, DROPBOX_ROOT_PATH="/demo"):
+    with network.shut(), override_settings(**default, DROPBOX_ROOT_PATH="/demo"):
         default_storage = django_storage.default_storage
         default_storage.client = FakeDropbox(account)
         print("A Dropbox account in memory, behind the real SDK and default_storage.")
