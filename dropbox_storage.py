@@ -265,6 +265,13 @@ def _text(value):
     return value or None
 
 
+def _refresh_token(value):
+    if str(value).startswith("sl."):
+        mend = "that is the access token; copy refresh_token from the same answer"
+        raise ValueError(f"a refresh token ({mend})")
+    return _text(value)
+
+
 def _root_path(value):
     path = "/" + str(value or "").replace("\\", "/").strip("/")
     if not str(value).startswith("/"):
@@ -347,7 +354,7 @@ class DropboxStorage(django_storage.Storage):
     # A token of the app; those that begin with "sl." live four hours.
     oauth2_access_token = _Option("DROPBOX_OAUTH2_TOKEN", None, _text)
     # Lives until it is revoked; with the app's key and secret it yields access tokens.
-    oauth2_refresh_token = _Option("DROPBOX_OAUTH2_REFRESH_TOKEN", None, _text)
+    oauth2_refresh_token = _Option("DROPBOX_OAUTH2_REFRESH_TOKEN", None, _refresh_token)
     app_key = _Option("DROPBOX_APP_KEY", None, _text)
     app_secret = _Option("DROPBOX_APP_SECRET", None, _text)
     # The folder that holds all files: absolute, within the app's or the account's root.
@@ -392,7 +399,7 @@ class DropboxStorage(django_storage.Storage):
     def __init__(self, oauth2_access_token=None, **options):
         if oauth2_access_token is not None:
             options["oauth2_access_token"] = oauth2_access_token
-        unknown = ", ".join(sorted(options.keys() - OPTIONS.keys()))
+        unknown = ", ".join(sorted(options.keys() - OPTIONS.keys() - {"location"}))
         vars(self).update(options)
         del oauth2_access_token, options  # from the frame, which errors may show
         if unknown:
@@ -402,6 +409,10 @@ class DropboxStorage(django_storage.Storage):
         for option in OPTIONS.values():
             option.check(self)
         self._check_credentials(needed=False)
+        if hasattr(self, "location"):  # as django-storages once called it
+            raise ImproperlyConfigured("location is called root_path here; rename it.")
+        if self.base_url is not None and self.shared_links:
+            raise ImproperlyConfigured("Set base_url or shared_links, not both.")
         if self.oauth2_access_token and access < refresh:  # of two the nearer is meant
             vars(self).update(dict.fromkeys(CREDENTIALS[1:]))
         self._hide_credentials()
@@ -548,7 +559,7 @@ class DropboxStorage(django_storage.Storage):
         try:
             return self._link(self._path(name), self.shared_links)[0]
         except FileNotFoundError:
-            logger.warning("No link to %r: there is no such file in Dropbox.", name)
+            logger.warning("No link to %r: it is not in %r.", name, self.root_path)
             return ""
 
     def get_modified_time(self, name):
@@ -720,18 +731,19 @@ class DropboxStorage(django_storage.Storage):
         """
         handled, client = sys.exc_info()[1], client or self.client
         authorized, expired, lost, failed_at = client, None, False, None
+        call = f"{route} of {path!r}"
         for attempt in range(1, self.MAX_ATTEMPTS + 1):
             if abandoned and abandoned():
                 break
             try:
-                authorized = self._authorized(client, expired)
+                authorized = self._authorized(client, expired, call)
                 return work(authorized)
             except BaseException as caught:
                 error, meaning = caught, _meaning(caught, client)
                 _clear_frames(caught, handled)
                 if not meaning:
                     raise
-            failed_at, call = failed_at or time.monotonic(), f"{route} of {path!r}"
+            failed_at = failed_at or time.monotonic()
             expired = authorized if meaning == "expired" else expired
             lost = lost or meaning in ("unanswered", "misfit")
             tried = ""
@@ -742,8 +754,11 @@ class DropboxStorage(django_storage.Storage):
             elif settle and (result := settle(_reason(error), lost)):
                 return result
             self._state.listing = None  # it may be what has misled the caller
-            raise _failure(error, client, route, path, tried) from error
-        raise DropboxStorageException(f"{route} of {path!r} was abandoned.")
+            failure = _failure(error, client, route, path, tried)
+            if tried:
+                logger.warning("%s", failure)
+            raise failure from error
+        raise DropboxStorageException(f"{call} was abandoned.")
 
     def _pause(self, call, error, meaning, attempt, failed_at):
         """Sleep until the next attempt; if there is none, return what was tried."""
@@ -766,7 +781,7 @@ class DropboxStorage(django_storage.Storage):
         time.sleep(wait)
         return ""
 
-    def _authorized(self, client, expired):
+    def _authorized(self, client, expired, call):
         """A copy of client for one attempt, with a live token and headers of its own.
 
         expired is the copy whose token Dropbox has refused as such, if any. The SDK's
@@ -776,13 +791,15 @@ class DropboxStorage(django_storage.Storage):
         with self._state.lock:
             authorized = copy.copy(client)
             authorized._max_retries_on_error = 0
-            authorized.raise_dropbox_error_for_resp = functools.partial(_check, client)
+            check = functools.partial(_check, client)
+            authorized.raise_dropbox_error_for_resp = check
             if expired and expired._oauth2_access_token == client._oauth2_access_token:
                 authorized.refresh_access_token(scope=client._scope)
             else:
                 authorized.check_and_refresh_access_token()
             for name in ("_oauth2_access_token", "_oauth2_access_token_expiration"):
                 setattr(client, name, getattr(authorized, name))
+        authorized.raise_dropbox_error_for_resp = functools.partial(check, call=call)
         authorized._headers = dict(client._headers or {})
         authorized._oauth2_refresh_token = None
         authorized.request_json_string_with_retry = authorized.request_json_string
@@ -794,14 +811,17 @@ def _method(route, *args, **kwargs):
     return operator.methodcaller(route.replace("/", "_"), *args, **kwargs)
 
 
-def _check(client, response):
+def _check(client, response, call="oauth2/token"):
     """Raise the SDK's error for what it overlooks in an answer, too."""
     from dropbox import exceptions
 
-    if response.status_code in (403, 404):
+    seconds, status = response.elapsed.total_seconds(), response.status_code
+    logger.debug("%s: HTTP %d in %.3f s.", call, status, seconds)
+
+    if status in (403, 404):
         # The SDK takes them for errors of the route, whose unions do not know them.
         number = response.headers.get("x-dropbox-request-id")
-        raise exceptions.HttpError(number, response.status_code, response.text)
+        raise exceptions.HttpError(number, status, response.text)
     try:
         client.raise_dropbox_error_for_resp(response)
     except exceptions.RateLimitError as error:
@@ -1259,6 +1279,9 @@ def serve(request, path, storage="default"):
     if storage == "default":  # all that there is before Django 4.2
         storage = django_storage.default_storage
     elif isinstance(storage, str):
+        if not hasattr(django_storage, "storages"):
+            found = f"Before Django 4.2 there is no alias {storage!r}"
+            raise ImproperlyConfigured(f"{found}: pass serve() the storage itself.")
         storage = django_storage.storages[storage]
     try:
         link, made = storage._link(storage._path(path))

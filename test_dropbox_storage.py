@@ -1025,6 +1025,41 @@ class OptionTests(StorageTestCase):
         }.items():
             self.assertEqual(DropboxStorage(root_path=spelling).root_path, root)
 
+    def test_a_refresh_token_that_is_an_access_token_is_refused(self):
+        with self.raises(
+            ImproperlyConfigured,
+            "oauth2_refresh_token (or DROPBOX_OAUTH2_REFRESH_TOKEN) must be a refresh token "
+            "(that is the access token; copy refresh_token from the same answer): found "
+            "something else.",
+        ):
+            DropboxStorage(oauth2_refresh_token="sl.x", app_key="k", app_secret="s")
+
+    def test_quotes_and_backslashes_in_credentials_are_refused(self):
+        for option, value in itertools.product(
+            module.CREDENTIALS, ('"token"', "'token'", "to\\ken")
+        ):
+            setting = module.OPTIONS[option].setting
+            with self.raises(
+                ImproperlyConfigured,
+                f"{option} (or {setting}) must be without quotes and backslashes: found "
+                "something else.",
+            ):
+                DropboxStorage(**{option: value})
+
+    def test_what_the_older_backend_called_location_is_refused(self):
+        message = "location is called root_path here; rename it."
+        with self.raises(ImproperlyConfigured, message):
+            DropboxStorage(location="/media")
+        with self.raises(ImproperlyConfigured, message):
+            type("Media", (DropboxStorage,), {"location": "/media"})()
+
+    def test_base_url_and_shared_links_exclude_each_other(self):
+        with self.raises(
+            ImproperlyConfigured, "Set base_url or shared_links, not both."
+        ):
+            DropboxStorage(base_url="/media/", shared_links=True)
+        DropboxStorage(base_url="", shared_links=True)
+
 
 class NameTests(StorageTestCase):
     def test_a_name_has_one_form(self):
@@ -2544,6 +2579,103 @@ class ErrorTests(StorageTestCase):
             with self.assertRaisesRegex(DropboxStorageException, "DEL"):
                 self.storage.save(name, ContentFile(b"x"))
 
+    def log(self, act, level="INFO"):
+        """What is logged while act() succeeds or fails, with its numbers as N."""
+        with self.assertLogs("dropbox_storage", level) as logs:
+            with contextlib.suppress(DropboxStorageException):
+                act()
+        return [re.sub(r"\d+\.\d+", "N", line) for line in logs.output]
+
+    def test_each_repeat_is_a_line_in_the_log(self):
+        for fault, reason in {
+            "503": "HTTP 503",
+            "429": "too_many_requests",
+            "reset": "ConnectionError",
+            "stall": "ReadTimeout",
+            "html": "HTTP 502",
+            "garbage": "AssertionError",
+        }.items():
+            self.account.fail("files/get_metadata", fault, times=3)
+            start = f"dropbox_storage:files/get_metadata of '/a': {reason} at attempt"
+            lines = self.log(lambda: self.storage.exists("a"))
+            self.assertEqual(
+                lines,
+                [
+                    f"INFO:{start} 1 of 6; the next in N s.",
+                    f"WARNING:{start} 2 of 6; the next in N s.",
+                    f"WARNING:{start} 3 of 6; the next in N s.",
+                ],
+            )
+            self.account.faults.clear()
+        self.account.put("/a", bytes(MiB))
+        self.account.fail("files/download", "truncate")
+        lines = self.log(lambda: self.storage.open("a").read())
+        self.assertRegex(lines[0], "INFO:.*files/download of '/a': .* attempt 1 of 6")
+
+    def test_a_call_that_gives_up_is_a_warning(self):
+        self.account.fail("files/get_metadata", "503", times=99)
+        lines = self.log(lambda: self.storage.exists("a"), "WARNING")
+        self.assertEqual(len(lines), 5)
+        said = (
+            "files/get_metadata of '/a' failed (6 attempts, 0 s): HTTP 503 unavailable."
+        )
+        self.assertEqual(lines[-1], f"WARNING:dropbox_storage:{said}")
+
+    def test_each_call_is_a_line_for_debugging_with_its_time(self):
+        self.account.put("/huge", HUGE)
+        storage = self.account.storage(**{"oauth2_access_token": None}, **REFRESHING)
+        debug = "DEBUG:dropbox_storage:"
+        lines = self.log(lambda: storage.exists("b"), "DEBUG")
+        self.assertEqual(
+            lines,
+            [
+                f"{debug}oauth2/token: HTTP 200 in N s.",
+                f"{debug}files/get_metadata of '/b': HTTP 409 in N s.",
+            ],
+        )
+        with self.account.counting() as calls:
+            lines = self.log(lambda: storage.open("huge").read(), "DEBUG")
+        self.assertEqual(
+            lines[0], f"{debug}files/download of '/huge': HTTP 200 in N s."
+        )
+        self.assertEqual(len(lines), calls["files/download"])
+
+    def test_what_is_refused_at_once_is_no_warning(self):
+        self.account.fail("files/get_metadata", "missing_scope")
+        lines = self.log(lambda: self.storage.exists("a"), "DEBUG")
+        self.assertEqual(len(lines), 1)
+
+    def test_max_wait_bounds_a_call(self):
+        self.account.fail("files/get_metadata", "503", times=999)
+        for max_wait, attempts in ((0, 1), (0.05, 3), (None, 6), (60, 6)):
+            storage = self.account.storage(max_wait=max_wait)
+            storage.FIRST_WAIT = 0.02
+            begun = time.monotonic()
+            with self.account.counting() as calls:
+                with self.assertRaises(DropboxStorageException) as caught:
+                    storage.exists("a")
+            if max_wait != 0.05:
+                self.assertEqual(calls["files/get_metadata"], attempts)
+            self.assertLess(time.monotonic() - begun, 0.3 if max_wait == 0.05 else 2)
+            self.assertNotIn("1 attempts", str(caught.exception))
+            self.assertNotIn("asks", str(caught.exception))
+        self.account.faults.clear()
+        self.account.fail("files/get_metadata", "429", value=1)
+        storage = self.account.storage(max_wait=0.5)
+        with self.assertRaisesRegex(
+            DropboxStorageException,
+            r"\(1 attempt, 0 s; Dropbox asks to wait 1 s, max_wait is 0.5\)",
+        ):
+            storage.exists("a")
+
+    def test_an_expired_token_is_no_wait(self):
+        storage = self.account.storage(
+            **{"oauth2_access_token": None}, **REFRESHING, max_wait=0
+        )
+        storage.exists("a")
+        self.account.expire_tokens()
+        self.assertFalse(storage.exists("a"))
+
 
 class LinkTests(StorageTestCase):
     def setUp(self):
@@ -2626,7 +2758,7 @@ class LinkTests(StorageTestCase):
             storage = self.account.storage(**options)
             with self.assertLogs("dropbox_storage", "WARNING") as logs:
                 self.assertEqual(storage.url("gone.jpg"), "")
-            text = "No link to 'gone.jpg': there is no such file in Dropbox."
+            text = "No link to 'gone.jpg': it is not in '/'."
             self.assertEqual(logs.output, [f"WARNING:dropbox_storage:{text}"])
 
     def test_every_other_error_raises(self):
@@ -2825,6 +2957,14 @@ class ServeTests(StorageTestCase):
         with self.assertLogs("dropbox_storage", "WARNING"):
             widget = ClearableFileInput().render("file", FieldFile(None, field, "gone"))
         self.assertIn('<input type="file" name="file"', widget)
+
+    @unittest.skipIf(django.VERSION >= (4, 2), "aliases came with Django 4.2")
+    def test_an_alias_before_there_are_any_is_refused(self):
+        with self.raises(
+            ImproperlyConfigured,
+            "Before Django 4.2 there is no alias 'private': pass serve() the storage itself.",
+        ):
+            self.get("a", storage="private")
 
 
 def nobody_is_logged_in(get_response):
