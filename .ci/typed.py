@@ -1,7 +1,10 @@
 """What a type checker must accept of dropbox_storage, and what it must refuse."""
 
+import io
 from datetime import datetime
+from typing import Any
 
+from django.core.files.base import ContentFile  # type: ignore[import-untyped, unused-ignore]
 from typing_extensions import assert_type
 
 from dropbox_storage import DropboxFile, DropboxStorage, DropboxStorageException
@@ -34,6 +37,9 @@ assert_type(DropboxStorageException("text").reason, str)
 assert_type(storage == refreshing, bool)
 storage.CHUNK_SIZE = 8 * 1024 * 1024
 refreshing.client = storage.client
+assert_type(storage.client.files_list_revisions("/a").entries[0].rev, Any)
+assert_type(storage.save("a", ContentFile(b"x")), str)
+assert_type(storage.save(None, io.BytesIO(b"x")), str)
 
 # Each of these lines must be an error; an ignore that is not needed is one, too.
 DropboxStorage(token="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
@@ -45,4 +51,4 @@ storage.open("a", "r+")  # type: ignore[call-overload]  # pyright: ignore[report
 storage.open("a").write("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 storage.open("a", "w").write(b"x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 storage.exists(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-storage.client.files_download(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+storage.client = 5  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
