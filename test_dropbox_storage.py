@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -62,8 +63,9 @@ except ImportError:
     hypothesis = None
 
 if not settings.configured:
-    apps = ["django.contrib.auth", "django.contrib.contenttypes"]
-    settings.configure(SECRET_KEY="for tests", INSTALLED_APPS=apps)
+    if "DJANGO_SETTINGS_MODULE" not in os.environ:
+        apps = ["django.contrib.auth", "django.contrib.contenttypes"]
+        settings.configure(SECRET_KEY="for tests", INSTALLED_APPS=apps)
     django.setup()
 
 from django.contrib.auth.decorators import login_required
@@ -1016,6 +1018,12 @@ class OptionTests(StorageTestCase):
         ):
             DropboxStorage().exists("a.txt")
 
+    def test_what_is_empty_is_not_set(self):
+        """As unset environment variables are."""
+        storage = DropboxStorage(**dict.fromkeys(module.CREDENTIALS, ""), base_url="")
+        for option in (*module.CREDENTIALS, "base_url"):
+            self.assertIsNone(getattr(storage, option))
+
     def test_root_path_is_tidied(self):
         for spelling, root in {
             "/a/": "/a",
@@ -1801,6 +1809,23 @@ class FileTests(StorageTestCase):
         self.assertTrue(file.closed)
         self.assertEqual(self.account.files()["/a.txt"], b"one\ntw\xc3\xb6\r\nthree")
 
+    def test_opening_in_another_mode_ends_the_one_before(self):
+        file = self.storage.open("a.txt", "wb")
+        file.write(b"written")
+        self.assertEqual(file.open("rb").read(), b"written")
+        self.assertEqual(file.open("wb").write(b"again"), 5)
+        self.assertEqual(self.account.files()["/a.txt"], b"written")
+        file.close()
+        self.assertEqual(self.account.files()["/a.txt"], b"again")
+
+    def test_the_last_few_blocks_come_in_one_reply(self):
+        self.account.put("/big", self.big)
+        for start in (len(self.big) - 8 * MiB, len(self.big) - 1):
+            with self.storage.open("big") as file, self.account.counting() as calls:
+                file.seek(start)
+                self.assertTrue(file.read() == self.big[start:])
+            self.assertEqual(calls, {"files/download": 1})
+
 
 class LookingTests(StorageTestCase):
     def setUp(self):
@@ -1959,6 +1984,7 @@ class LookingTests(StorageTestCase):
             self.assertNotEqual(saved, name)
             self.assertLessEqual(len(saved), 255)
             self.assertEqual(saved.endswith(name[-5:]), name[0] == "x")
+            self.assertTrue(saved.startswith(name[0]))
 
 
 REFRESHING = {
@@ -2676,6 +2702,26 @@ class ErrorTests(StorageTestCase):
         self.account.expire_tokens()
         self.assertFalse(storage.exists("a"))
 
+    def test_the_pauses_grow_and_are_random(self):
+        pauses = []
+        storage = self.account.connect(DropboxStorage("valid-token"))
+        self.account.fail("files/get_metadata", "503", times=999)
+        with unittest.mock.patch.object(time, "sleep", pauses.append):
+            for _ in range(20):
+                with self.assertRaises(DropboxStorageException):
+                    storage.exists("a")
+        for attempt, most in enumerate((0.5, 1, 2, 4, 8)):
+            found = pauses[attempt::5]
+            self.assertEqual(len({*found}), 20)
+            self.assertTrue(all(most / 2 <= pause <= most for pause in found), found)
+
+    def test_attempts_are_counted_in_words(self):
+        self.account.fail("files/get_metadata", "503", times=999)
+        for attempts, words in ((1, "1 attempt,"), (2, "2 attempts,")):
+            self.storage.MAX_ATTEMPTS = attempts
+            with self.assertRaisesRegex(DropboxStorageException, words):
+                self.storage.exists("a")
+
 
 class LinkTests(StorageTestCase):
     def setUp(self):
@@ -2707,9 +2753,11 @@ class LinkTests(StorageTestCase):
             change()
             self.assertNotEqual(storage.url("a b.txt"), old)
             self.leads_to(storage.url("a b.txt"), content)
+        self.account.storage(shared_links=True).url("a b.txt")
         storage.delete("a b.txt")
-        with self.assertLogs("dropbox_storage", "WARNING"):
-            self.assertEqual(storage.url("a b.txt"), "")
+        for options in ({}, {"shared_links": True}):
+            with self.assertLogs("dropbox_storage", "WARNING"):
+                self.assertEqual(self.account.storage(**options).url("a b.txt"), "")
 
     def test_accounts_namespaces_members_and_roots_are_apart(self):
         self.account.tokens |= {"other-token"}
@@ -4017,6 +4065,130 @@ else:
         @unittest.skip("install hypothesis for the tests of any name and any sequence")
         def test_whatever_hypothesis_thinks_of(self):
             pass
+
+
+# The README
+
+README = pathlib.Path(__file__).with_name("README.md")
+
+# Runs manage.py's commands with every client of the storage on a fake account.
+MANAGE = """
+import sys, dropbox, test_dropbox_storage as tests
+from django.core.management import execute_from_command_line
+account, create_session = tests.FakeAccount(), dropbox.create_session
+account.refresh_tokens = {"refresh": ("key", "secret")}
+def mounted(*args, **kwargs):
+    session = create_session(*args, **kwargs)
+    session.mount("https://", account)
+    return session
+dropbox.create_session = mounted
+execute_from_command_line(["manage.py", *sys.argv[1:]])
+"""
+
+# What a visitor does in the project: uploads, looks, and is sent to the login.
+VISIT = """
+from django.contrib.auth import get_user_model
+from django.core.files.uploadedfile import SimpleUploadedFile
+from django.test import Client, RequestFactory
+from docs import storages, views
+from docs.models import Document
+user = get_user_model().objects.create_user("user")
+request = RequestFactory().post("/", {"file": SimpleUploadedFile("a b.txt", b"12345")})
+request.user = user
+print(views.upload(request).content.decode())
+document = Document.objects.get()
+print(document.file.name, document.file.url)
+print(b"".join(views.download(request, document.pk)).decode())
+client = Client(HTTP_HOST="localhost")
+print(client.get(document.file.url)["Location"])
+client.force_login(user)
+print(client.get(document.file.url)["Location"][:28])
+storage = storages.Encrypted(root_path="/secret")
+name = storage.save("a.txt", SimpleUploadedFile("a.txt", b"secret"))
+print(storage.open(name).read(), storages.DropboxStorage(root_path="/secret").size(name))
+print(storages.Tenants().generate_filename("a b.txt"), storages.Invoices().write_mode)
+"""
+
+
+@unittest.skipUnless(README.exists(), "README.md is not beside the tests")
+@unittest.skipIf(django.VERSION < (4, 2), "the README is for Django 4.2 and newer")
+class ReadmeTests(unittest.TestCase):
+    def blocks(self, language):
+        found = re.findall(
+            rf"^( *)```{language}\n(.*?)^ *```$", README.read_text(), re.M | re.S
+        )
+        return [textwrap.dedent(block) for _, block in found]
+
+    def manage(self, *arguments):
+        environment = {**os.environ, "DROPBOX_OAUTH2_REFRESH_TOKEN": "refresh"}
+        environment.update(DROPBOX_APP_KEY="key", DROPBOX_APP_SECRET="secret")
+        environment.update(DJANGO_SETTINGS_MODULE="site_of_a_reader.settings")
+        folders = (self.folder, pathlib.Path(module.__file__).parent, README.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
+        command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning"]
+        done = subprocess.run(
+            [*command, "-c", MANAGE, *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        return done.stdout + done.stderr
+
+    def test_its_snippets_work_in_the_order_in_which_a_reader_pastes_them(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self.folder = pathlib.Path(folder)
+            project, app = self.folder / "site_of_a_reader", self.folder / "docs"
+            call_command("startproject", "site_of_a_reader", folder, verbosity=0)
+            app.mkdir()
+            call_command("startapp", "docs", str(app), verbosity=0)
+            with (project / "settings.py").open("a") as file:
+                file.write("INSTALLED_APPS += ['docs']\n")
+            for block in self.blocks("python"):
+                name = re.match(r"# (\w+\.py)\n", block)[1]
+                home = project if name in ("settings.py", "urls.py") else app
+                with (home / name).open("a") as file:
+                    file.write(f"\n{block}")
+                if name == "models.py":
+                    self.manage("makemigrations", "docs")
+            written = (app / "migrations" / "0001_initial.py").read_text()
+            self.assertIn("storage=docs.storages.Invoices()", written)
+            self.manage("check")
+            self.assertIn("No changes", self.manage("makemigrations", "docs"))
+            self.manage("migrate")
+            self.assertIn("OK", self.manage("test", "docs"))
+            (check,) = re.findall(
+                r'shell -c "\n(.*?)\n"', self.blocks("console")[0], re.S
+            )
+            self.assertIn(
+                "It works: /media/check.txt", self.manage("shell", "-c", check)
+            )
+            self.assertEqual(
+                self.manage("shell", "-c", VISIT).splitlines()[-7:],
+                [
+                    "Thank you.",
+                    "documents/a_b.txt /media/documents/a_b.txt",
+                    "12345",
+                    "/accounts/login/?next=/media/documents/a_b.txt",
+                    "https://content.example/apit",
+                    "b'secret' 8",
+                    "tenant-7/a_b.txt update",
+                ],
+            )
+
+    def test_its_options_are_those_of_the_module(self):
+        rows = re.findall(
+            r"^\| `(\w+)` \| `(DROPBOX_\w+)` \| `?([^`|]*?)`? ?\|",
+            README.read_text(),
+            re.M,
+        )
+        for name, setting, default in rows:
+            option = module.OPTIONS[name]
+            self.assertEqual(option.setting, setting)
+            self.assertEqual(eval(default.strip() or "None"), option.default)
+        self.assertEqual({name for name, *_ in rows}, module.OPTIONS.keys())
 
 
 # On a real account
