@@ -857,6 +857,9 @@ def setUpModule():
     logging.disable(logging.NOTSET)
     isolation.callback(setattr, module.logger, "disabled", module.logger.disabled)
     module.logger.disabled = False
+    silent = logging.NullHandler()
+    isolation.callback(module.logger.removeHandler, silent)
+    module.logger.addHandler(silent)
 
 
 def tearDownModule():
@@ -3549,9 +3552,11 @@ def run_python(code, timeout=20):
     folder = pathlib.Path(__file__).resolve().parents[name.count(".")]
     code = f"from {name} import *\n{code}"
     command = [sys.executable, "-c", code]
+    names = os.environ.keys() - {"DJANGO_SETTINGS_MODULE"}
     done = subprocess.run(
         command,
         cwd=folder,
+        env={name: os.environ[name] for name in names},
         timeout=timeout,
         capture_output=True,
         text=True,
