@@ -12,7 +12,7 @@
         ...
     }
 
-Bytes flow Django -> DropboxStorage -> _Upload or _Download -> DropboxStorage._request,
+Bytes flow Django -> DropboxStorage -> _Upload or _Download -> DropboxStorage._perform,
 the one door to the SDK -> Dropbox. README.md lists the options and what is promised.
 
 License: BSD-3-Clause.
@@ -110,7 +110,6 @@ HINTS = {
     "invalid_client": "app_key and app_secret must be of the app that was authorized",
     "missing_scope": "tick it under Permissions in the App Console, authorize again",
     "user_suspended": "the account is suspended; its owner or team can reactivate it",
-    "invalid_account_type": "the account's plan does not have this feature",
     "select_user": "team_member_id must be of the team that authorized the app",
     "no_permission": "the account has no access to namespace_id",
     "insufficient_space": "the account is full; free or buy space",
@@ -320,13 +319,13 @@ class _ShortNames(django_storage.Storage):
         return f"{file_root}{file_ext}"
 
 
-def _remove(entries, path):
+def _remove_tree(entries, path):
     """Remove the path, and all that is below it."""
     for known in [key for key in entries if f"{key}/".startswith(f"{path}/")]:
         del entries[known]
 
 
-def _fold(entries, page):
+def _add_page(entries, page):
     """Add a page of a listing; later ones also tell what has changed meanwhile."""
     for entry in page:
         # Where a namespace is not mounted there are no paths.
@@ -334,7 +333,7 @@ def _fold(entries, page):
         if hasattr(entry, "id"):
             entries[path] = entry
         else:
-            _remove(entries, path)
+            _remove_tree(entries, path)
 
 
 @deconstructible
@@ -430,7 +429,7 @@ class DropboxStorage(django_storage.Storage):
 
     def _hide_credentials(self):
         # deconstruct() itself cannot: @deconstructible replaces it in each class.
-        secrets = [vars(self)[name] for name in CREDENTIALS if vars(self).get(name)]
+        secrets = {vars(self).get(name) for name in CREDENTIALS} - {None}
 
         def hidden(value):  # without asking a lazy base_url what it is
             return isinstance(value, str) and value in secrets
@@ -532,7 +531,7 @@ class DropboxStorage(django_storage.Storage):
         path = self._path(name)
         with contextlib.suppress(FileNotFoundError):
             self._call("files/delete_v2", path)
-        self._forget(path)
+        self._note_deletion(path)
 
     def exists(self, name):
         with contextlib.suppress(FileNotFoundError):
@@ -621,10 +620,10 @@ class DropboxStorage(django_storage.Storage):
         entries, route = {}, "files/list_folder/continue"
         try:
             page = self._call("files/list_folder", folder, recursive)
-            _fold(entries, page.entries)
+            _add_page(entries, page.entries)
             while page.has_more:
-                page = self._request(route, folder, _method(route, page.cursor))
-                _fold(entries, page.entries)
+                page = self._perform(route, folder, _method(route, page.cursor))
+                _add_page(entries, page.entries)
         except FileNotFoundError:
             if folder == self._root:
                 return []  # nothing has been saved yet
@@ -647,7 +646,7 @@ class DropboxStorage(django_storage.Storage):
                 self._state.listing = listing
             return listing
 
-    def _remember(self, path, metadata):
+    def _note_file(self, path, metadata):
         """Keep true what is known: metadata is of the file that is at path now."""
         self._forget_links(path)
         with self._state.listing_lock:
@@ -656,34 +655,32 @@ class DropboxStorage(django_storage.Storage):
             for parent in [*pathlib.PurePosixPath(path).parents][:-1]:
                 listing.setdefault(str(parent).lower(), parent)  # it has a name, too
 
-    def _forget(self, path):
+    def _note_deletion(self, path):
         """Keep true what is known: nothing is at path any more."""
         self._forget_links(path)
         with self._state.listing_lock:
-            _remove(self._state.listing or {}, path.lower())
+            _remove_tree(self._state.listing or {}, path.lower())
 
     # Links
 
     def _link(self, path, shared=False):
         """A link to the file and when it was made, in seconds since the epoch."""
         key, timeout = self._link_key(path, shared), self.url_cache_timeout or 0
-        entry = self._cache("get", key) if timeout else None
+        entry = self._ask_cache("get", key) if timeout else None
         if isinstance(entry, tuple):
             return entry
         # Who replaces the file removes the mark, and a link to the old one is not kept.
         mark = os.urandom(16).hex()
-        self._cache("set", key, mark, timeout)
-        make = self._shared_link if shared else self._temporary_link
-        entry = (make(path), time.time())
-        if timeout and self._cache("get", key) == mark:
-            self._cache("set", key, entry, timeout)
+        self._ask_cache("set", key, mark, timeout)
+        entry = (self._make_link(path, shared), time.time())
+        if timeout and self._ask_cache("get", key) == mark:
+            self._ask_cache("set", key, entry, timeout)
         return entry
 
-    def _temporary_link(self, path):
-        return self._call("files/get_temporary_link", path).link
-
-    def _shared_link(self, path):
-        """The public link to the file, in the form that leads to its bytes."""
+    def _make_link(self, path, shared):
+        """A temporary link, or the public one in the form that leads to the bytes."""
+        if not shared:
+            return self._call("files/get_temporary_link", path).link
         route = "sharing/list_shared_links"
         try:
             link = self._call("sharing/create_shared_link_with_settings", path)
@@ -705,9 +702,9 @@ class DropboxStorage(django_storage.Storage):
 
     def _forget_links(self, path):
         keys = [self._link_key(path, shared) for shared in (False, True)]
-        self._cache("delete_many", keys)
+        self._ask_cache("delete_many", keys)
 
-    def _cache(self, method, *args):
+    def _ask_cache(self, method, *args):
         """What the cache answers; one that is down costs a call, but is no error."""
         try:
             return getattr(cache, method)(*args)
@@ -718,9 +715,9 @@ class DropboxStorage(django_storage.Storage):
 
     def _call(self, route, path, *args, **kwargs):
         """What the SDK's method for the route answers for the path."""
-        return self._request(route, path, _method(route, path, *args, **kwargs))
+        return self._perform(route, path, _method(route, path, *args, **kwargs))
 
-    def _request(self, route, path, work, settle=None, abandoned=None, client=None):
+    def _perform(self, route, path, work, settle=None, abandoned=None, client=None):
         """What work(client) returns: it makes the route's request, for the path.
 
         The one policy: failures that may pass are repeated, up to MAX_ATTEMPTS and
@@ -754,7 +751,7 @@ class DropboxStorage(django_storage.Storage):
             elif settle and (result := settle(_reason(error), lost)):
                 return result
             self._state.listing = None  # it may be what has misled the caller
-            failure = _failure(error, client, route, path, tried)
+            failure = _translate_error(error, client, route, path, tried)
             if tried:
                 logger.warning("%s", failure)
             raise failure from error
@@ -766,15 +763,11 @@ class DropboxStorage(django_storage.Storage):
         backoff = self.FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1)
         asked = getattr(error, "backoff", None) or 0
         wait = 0 if meaning == "expired" else max(backoff, asked)
-        tried = f"{attempt} attempt{'s' if attempt > 1 else ''}, {waited:.0f} s"
-        if wait and self.max_wait is not None and waited + wait >= self.max_wait:
-            if asked > backoff:
-                tried += (
-                    f"; Dropbox asks to wait {asked} s, max_wait is {self.max_wait}"
-                )
-            return f" ({tried})"
-        if attempt == self.MAX_ATTEMPTS:
-            return f" ({tried})"
+        late = wait and self.max_wait is not None and waited + wait >= self.max_wait
+        if late and asked > backoff:
+            return f" (Dropbox asks to wait {asked} s, max_wait is {self.max_wait})"
+        if late or attempt == self.MAX_ATTEMPTS:
+            return f" ({attempt} attempt{'s' if attempt > 1 else ''}, {waited:.0f} s)"
         level = logging.INFO if attempt == 1 else logging.WARNING
         said = f"{call}: {_reason(error)} at attempt {attempt} of {self.MAX_ATTEMPTS}"
         logger.log(level, "%s; the next in %.1f s.", said, wait)
@@ -791,7 +784,7 @@ class DropboxStorage(django_storage.Storage):
         with self._state.lock:
             authorized = copy.copy(client)
             authorized._max_retries_on_error = 0
-            check = functools.partial(_check, client)
+            check = functools.partial(_check_answer, client, call)
             authorized.raise_dropbox_error_for_resp = check
             if expired and expired._oauth2_access_token == client._oauth2_access_token:
                 authorized.refresh_access_token(scope=client._scope)
@@ -799,7 +792,6 @@ class DropboxStorage(django_storage.Storage):
                 authorized.check_and_refresh_access_token()
             for name in ("_oauth2_access_token", "_oauth2_access_token_expiration"):
                 setattr(client, name, getattr(authorized, name))
-        authorized.raise_dropbox_error_for_resp = functools.partial(check, call=call)
         authorized._headers = dict(client._headers or {})
         authorized._oauth2_refresh_token = None
         authorized.request_json_string_with_retry = authorized.request_json_string
@@ -811,13 +803,13 @@ def _method(route, *args, **kwargs):
     return operator.methodcaller(route.replace("/", "_"), *args, **kwargs)
 
 
-def _check(client, response, call="oauth2/token"):
+def _check_answer(client, call, response):
     """Raise the SDK's error for what it overlooks in an answer, too."""
     from dropbox import exceptions
 
-    seconds, status = response.elapsed.total_seconds(), response.status_code
-    logger.debug("%s: HTTP %d in %.3f s.", call, status, seconds)
-
+    status, seconds = response.status_code, response.elapsed.total_seconds()
+    address = response.request.path_url
+    logger.debug("%s: %s, HTTP %d in %.3f s.", call, address, status, seconds)
     if status in (403, 404):
         # The SDK takes them for errors of the route, whose unions do not know them.
         number = response.headers.get("x-dropbox-request-id")
@@ -826,18 +818,18 @@ def _check(client, response, call="oauth2/token"):
         client.raise_dropbox_error_for_resp(response)
     except exceptions.RateLimitError as error:
         # JSON may leave out how many seconds to wait; the header has them.
-        seconds = response.headers.get("Retry-After", "")
-        error.backoff = int(seconds) if seconds.isdecimal() else error.backoff
+        asked = response.headers.get("Retry-After", "")
+        error.backoff = int(asked) if asked.isdecimal() else error.backoff
         raise
 
 
-def _failure(error, client, route, path, tried):
+def _translate_error(error, client, route, path, tried):
     """What Django expects where the SDK raised error."""
     reason = _reason(error)
     for code, ends in OS_ERRORS.items():
         if reason.endswith(ends):
             return _os_error(code, f"{route}: {reason}", path)
-    _redact(error, client)
+    _redact_error(error, client)
     body = "" if hasattr(error, "error") else getattr(error, "body", error)
     said = f"{reason} {body}".strip()[:500]
     words = re.findall(r"\w+", said)
@@ -847,7 +839,7 @@ def _failure(error, client, route, path, tried):
     return DropboxStorageException(message, reason)
 
 
-def _redact(error, client):
+def _redact_error(error, client):
     """Take from the error what it says if that repeats one of the credentials."""
 
     def bare(text):  # however it is quoted and escaped
@@ -994,12 +986,12 @@ class _Download(io.RawIOBase):
 
     def __init__(self, storage, path):
         self._connections, self._path, self._revision = storage.CONNECTIONS, path, path
-        request = functools.partial(storage._request, "files/download", path)
-        self._request = functools.partial(request, client=storage.client)
-        self._metadata, reply = self._request(self._send)
+        request = functools.partial(storage._perform, "files/download", path)
+        self._perform = functools.partial(request, client=storage.client)
+        self._metadata, reply = self._perform(self._send_request)
         self._revision, self.size = f"rev:{self._metadata.rev}", self._metadata.size
         self._position = 0  # of the reader, who may seek
-        self._begin(reply)
+        self._begin_reading(reply)
 
     def readable(self):
         return True
@@ -1015,7 +1007,7 @@ class _Download(io.RawIOBase):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._position = position
         if self._reading is None:
-            self._begin()
+            self._begin_reading()
         return position
 
     def readinto(self, buffer):
@@ -1024,9 +1016,9 @@ class _Download(io.RawIOBase):
             return 0
         try:
             if not 0 < self._end - self._position <= len(self._part):
-                self._load()
+                self._load_part()
         except BaseException:
-            self._stop()
+            self._stop_reading()
             raise
         data = self._part[self._position - self._end :][: len(buffer)]
         buffer[: len(data)] = data
@@ -1034,17 +1026,17 @@ class _Download(io.RawIOBase):
         return len(data)
 
     def close(self):
-        self._stop()
+        self._stop_reading()
         super().close()
 
-    def _begin(self, reply=None):
+    def _begin_reading(self, reply=None):
         """Have the bytes from the position on to come, the first of them from reply."""
-        self._stop()
+        self._stop_reading()
         self._reading, self._content = object(), _ContentHash()
         self._part, self._end = b"", self._position  # the part ends there in the file
-        self._parts = self._read_on(self._position, reply)
+        self._parts = self._read_parts(self._position, reply)
 
-    def _stop(self):
+    def _stop_reading(self):
         """Have nothing more to come: who is fetching ahead will notice."""
         self._reading = None
         if self._parts:
@@ -1056,30 +1048,30 @@ class _Download(io.RawIOBase):
                 f"Reading {self._path!r} has failed before; seek() to where to go on."
             )
 
-    def _load(self):
+    def _load_part(self):
         """Take the next part, which begins at the position."""
         if self._position != self._end:
-            self._begin()
+            self._begin_reading()
         part = next(self._parts)
         self._content.update(part)
         if self._content.size == self.size:
             self._content.check(self._metadata, "files/download", self._path)
         self._part, self._end = memoryview(part), self._end + len(part)
 
-    def _read_on(self, start, reply):
+    def _read_parts(self, start, reply):
         """Yield the bytes from start on: the first of one request, the rest of many."""
         reading, blocks = self._reading, []
         stop = self.size if self.size - start <= FEW else start + AHEAD
-        yield from self._stream(reading, start, stop, reply)
+        yield from self._read_range(reading, start, stop, reply)
         for start in range(stop, self.size, AHEAD):
-            block = self._stream(reading, start, min(start + AHEAD, self.size))
+            block = self._read_range(reading, start, min(start + AHEAD, self.size))
             blocks.append(_in_background(list, block))
             if len(blocks) == self._connections:
                 yield from blocks.pop(0).result()
         for block in blocks:
             yield from block.result()
 
-    def _stream(self, reading, start, stop, reply=None):
+    def _read_range(self, reading, start, stop, reply=None):
         """Yield the bytes from start to stop; go on where a reply is cut off."""
 
         def abandoned():
@@ -1088,7 +1080,7 @@ class _Download(io.RawIOBase):
         def read(client):
             nonlocal reply
             if reply is None or reply.closed:
-                reply = self._send(client, start, stop)[1]
+                reply = self._send_request(client, start, stop)[1]
             part = reply.read(min(READ_SIZE, stop - start))
             if not part:
                 raise EOFError(f"the reply ended before byte {start}")
@@ -1096,14 +1088,14 @@ class _Download(io.RawIOBase):
 
         try:
             while start < stop:
-                part = self._request(read, abandoned=abandoned)
+                part = self._perform(read, abandoned=abandoned)
                 start += len(part)
                 yield part
         finally:
             if reply:
                 reply.close()
 
-    def _send(self, client, start=0, stop=None):
+    def _send_request(self, client, start=0, stop=None):
         """Ask for the bytes from start to stop, or all; return metadata and reply."""
         client._headers["Accept-Encoding"] = "identity"  # the raw reply is not decoded
         if stop:
@@ -1130,7 +1122,7 @@ class _Upload(io.RawIOBase):
         from dropbox import files
 
         self._storage, self._files = storage, files
-        self._request = functools.partial(storage._request, client=storage.client)
+        self._perform = functools.partial(storage._perform, client=storage.client)
         self.path, self.mode, self.size = path, mode, 0
         self._target = {"mode": files.WriteMode.add, "strict_conflict": True}
         if mode == "overwrite":
@@ -1173,7 +1165,7 @@ class _Upload(io.RawIOBase):
         now = datetime.now(timezone.utc)
         self._target["client_modified"] = now.replace(tzinfo=None, microsecond=0)
         try:
-            metadata = self._finish() if self._session else self._put()
+            metadata = self._finish_session() if self._session else self._put_file()
         except FileExistsError as error:
             if self.mode != "update":
                 raise
@@ -1182,27 +1174,27 @@ class _Upload(io.RawIOBase):
                 "path/conflict/file",
             ) from error
         self._content.check(metadata, "files/upload", path)
-        self._storage._remember(path, metadata)
+        self._storage._note_file(path, metadata)
 
-    def _put(self):
+    def _put_file(self):
         """Send it all in one request, which also commits it."""
         data = bytes(self._buffer)
         self._content = _ContentHash(data)
         target = {**self._target, "content_hash": self._content.hexdigest()}
-        return self._post("files/upload", self._committed, data, self.path, **target)
+        return self._call("files/upload", self._committed, data, self.path, **target)
 
-    def _finish(self):
+    def _finish_session(self):
         """Close the session when all chunks have arrived, and commit it."""
         if self._buffer:
             while self._sending:
                 self._await_chunk()
             rest = bytes(self._buffer)
-            self._content.append(self._append(self._offset, rest, close=True))
+            self._content.append(self._append_chunk(self._offset, rest, close=True))
             self._buffer.clear()
         cursor = self._files.UploadSessionCursor(self._session, self.size)
         commit = self._files.CommitInfo(self.path, **self._target)
         route = "files/upload_session/finish"
-        return self._post(route, self._committed, b"", cursor, commit)
+        return self._call(route, self._committed, b"", cursor, commit)
 
     def _committed(self, reason, lost):
         """The file at the target, if it is the one that was to be committed.
@@ -1234,12 +1226,12 @@ class _Upload(io.RawIOBase):
         if not self._session:
             kind = self._files.UploadSessionType.concurrent
             route = "files/upload_session/start"
-            self._session = self._post(route, None, b"", session_type=kind).session_id
+            self._session = self._call(route, None, b"", session_type=kind).session_id
         if len(self._sending) == self._storage.CONNECTIONS:
             self._await_chunk()
         chunk = bytes(memoryview(self._buffer)[: self._chunk_size])
         del self._buffer[: self._chunk_size]
-        self._sending.append(_in_background(self._append, self._offset, chunk))
+        self._sending.append(_in_background(self._append_chunk, self._offset, chunk))
         self._offset += len(chunk)
 
     def _await_chunk(self):
@@ -1247,17 +1239,17 @@ class _Upload(io.RawIOBase):
         self._content.append(self._sending[0].result())
         self._sending.pop(0)
 
-    def _append(self, offset, chunk, close=False):
+    def _append_chunk(self, offset, chunk, close=False):
         """Send a chunk of the session; return its hash."""
         content = _ContentHash(chunk)
         cursor = self._files.UploadSessionCursor(self._session, offset)
         route, digest = "files/upload_session/append_v2", content.hexdigest()
-        self._post(route, _has_arrived, chunk, cursor, close, content_hash=digest)
+        self._call(route, _has_arrived, chunk, cursor, close, content_hash=digest)
         return content
 
-    def _post(self, route, settle, *args, **kwargs):
+    def _call(self, route, settle, *args, **kwargs):
         work = _method(route, *args, **kwargs)
-        return self._request(route, self.path, work, settle, lambda: self.closed)
+        return self._perform(route, self.path, work, settle, lambda: self.closed)
 
 
 def _has_arrived(reason, lost):

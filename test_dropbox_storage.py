@@ -177,6 +177,7 @@ class Session:
 DISALLOWED_NAMES = ("desktop.ini", "thumbs.db", ".ds_store", "icon\r", ".dropbox")
 DISALLOWED_NAMES += (".dropbox.attr",)
 
+
 # What Dropbox may do, as documented, seen once, or not ruled out by any document.
 QUIRKS = {
     "gzip": "a download is compressed where Accept-Encoding allows it",
@@ -832,6 +833,7 @@ class Network:
 
 network = Network()
 
+
 # What a project may have set, as Django has it by default.
 NEUTRAL = "CACHES|LOGGING|MEDIA_|MIDDLEWARE|STATIC_|STATICFILES_[DF]|FILE_UPLOAD_|"
 NEUTRAL += "ROOT_URLCONF|TIME_ZONE|"
@@ -888,7 +890,7 @@ class IsolationTests(unittest.TestCase):
         self.assertFalse(issubclass(default, DropboxStorage))
 
 
-# The storage
+# What the tests of the storage share
 
 
 class StorageTestCase(SimpleTestCase):
@@ -912,6 +914,407 @@ class StorageTestCase(SimpleTestCase):
     def raises(self, error, message):
         """Expect an error whose whole message is this."""
         return self.assertRaisesRegex(error, f"^{re.escape(message)}$")
+
+
+class Unsized:
+    """Content that knows no size, has no seek and cannot be read twice."""
+
+    def __init__(self, *chunks):
+        self.left = list(chunks)
+
+    def chunks(self):
+        while self.left:
+            yield self.left.pop(0)
+
+
+class Broken(Unsized):
+    def chunks(self):
+        yield from super().chunks()
+        raise ZeroDivisionError("half way")
+
+
+REFRESHING = {
+    "oauth2_refresh_token": "valid-refresh-token",
+    "app_key": "app-key",
+    "app_secret": "app-secret",
+}
+
+
+LARGE = random.Random(6).randbytes(9 * MiB)
+HUGE = random.Random(7).randbytes(20 * MiB)
+
+
+def write(storage):
+    with storage.open("a", "wb") as file:
+        file.write(b"written")
+
+
+def read(name):
+    def act(storage):
+        with storage.open(name) as file:
+            return hashlib.sha256(file.read()).hexdigest()
+
+    return act
+
+
+def save(name, content):
+    return lambda storage: storage.save(name, ContentFile(content))
+
+
+# What is done: the storage's options, and the operation, whose result is compared.
+OPERATIONS = {
+    "save": ({}, save("new", b"new")),
+    "save large": ({}, save("new", LARGE)),
+    "save a taken name": (
+        {},
+        lambda storage: storage._save("a", ContentFile(b"x"))[:2],
+    ),
+    "overwrite": ({"write_mode": "overwrite"}, save("a", b"new")),
+    "update": ({"write_mode": "update"}, save("a", b"new")),
+    "update large": ({"write_mode": "update"}, save("a", LARGE)),
+    "write": ({}, write),
+    "read": ({}, read("a")),
+    "read huge": ({}, read("huge")),
+    "exists": ({}, lambda storage: (storage.exists("a"), storage.exists("none"))),
+    "size": ({}, lambda storage: storage.size("a")),
+    "time": ({}, lambda storage: storage.get_modified_time("a")),
+    "list": ({}, lambda storage: storage.listdir("dir")),
+    "delete": ({}, lambda storage: storage.delete("a")),
+    "delete a folder": ({}, lambda storage: storage.delete("dir")),
+    "link": ({}, lambda storage: storage.url("a")[:30]),
+    "shared link": ({"shared_links": True}, lambda storage: storage.url("a")),
+    "preload": ({"preload_metadata": True}, lambda storage: storage.listdir("dir")),
+}
+LARGE_OPERATIONS = ("update large", "read huge")
+TRANSIENT = ("500", "502", "503", "503_after", "429", "429_text", "too_many_writes")
+TRANSIENT += (
+    "reset",
+    "reset_after",
+    "stall",
+    "tls",
+    "html",
+    "garbage",
+    "expired_token",
+)
+PERMANENT = ("invalid_token", "missing_scope", "suspended", "bad_input", "/brand_new")
+PERMANENT += ("no_route", "account_type", "route_access")
+# Those that only some routes know.
+BUSY = {
+    "files/upload": "/path/too_many_write_operations",
+    "files/upload_session/finish": "/too_many_write_operations",
+    "files/delete_v2": "/too_many_write_operations",
+}
+REFUSALS = {
+    "files/upload": (
+        "/path/insufficient_space",
+        "/path/no_write_permission",
+        "/path/disallowed_name",
+        "/path/malformed_path",
+    ),
+    "files/upload_session/append_v2": ("session_lost", "/payload_too_large"),
+    "files/upload_session/finish": ("session_lost", "/path/insufficient_space"),
+    "files/delete_v2": ("/path_write/no_write_permission", "/too_many_files"),
+    "files/download": ("/path/restricted_content",),
+    "files/get_metadata": ("/path/restricted_content",),
+    "files/get_temporary_link": ("/unsupported_file",),
+    "oauth2/token": (),
+}
+
+
+# What an error means
+
+
+class ErrorTests(StorageTestCase):
+    def test_permanent_failures_say_what_to_do(self):
+        for route, fault, reason in (
+            ("files/upload", "/path/insufficient_space", "path/insufficient_space (the account"
+             " is full; free or buy space)"),
+            ("files/upload", "/path/no_write_permission", "path/no_write_permission (the "
+             "account may only read there; change root_path)"),
+            ("files/upload", "/path/disallowed_name", "path/disallowed_name (Dropbox reserves "
+             "that name; get_valid_name() mends it)"),
+            ("files/upload", "/payload_too_large", "payload_too_large"),
+            ("files/upload", "missing_scope", "missing_scope/files.content.write (tick it "
+             "under Permissions in the App Console, authorize again)"),
+            ("files/upload", "suspended", "user_suspended (the account is suspended; its owner "
+             "or team can reactivate it)"),
+            ("files/upload", "invalid_token", "invalid_access_token (oauth2_access_token is "
+             "wrong, revoked or of another app)"),
+            ("files/upload", "bad_input", "HTTP 400 Error in call to API function: bad input"),
+        ):  # fmt: skip
+            self.account.fail(route, fault)
+            with self.subTest(fault), self.account.counting() as calls:
+                with self.raises(
+                    DropboxStorageException, f"{route} of '/a' failed: {reason}."
+                ) as caught:
+                    self.save("a")
+            self.assertIsInstance(
+                caught.exception.__cause__, dropbox.exceptions.DropboxException
+            )
+            self.assertTrue(reason.startswith(caught.exception.reason))
+            self.assertEqual(calls[route], 1)
+            self.account.faults.clear()
+        self.assertFalse(self.account.entries)
+
+    def test_errors_are_raised_from_those_of_the_sdk(self):
+        self.account.put("/dir/a")
+        for call, error in (
+            (lambda: self.storage.open("missing"), FileNotFoundError),
+            (lambda: self.storage.size("missing"), FileNotFoundError),
+            (lambda: self.storage.open("dir"), IsADirectoryError),
+            (lambda: self.storage.listdir("dir/a"), NotADirectoryError),
+            (lambda: self.save("dir/a/b"), NotADirectoryError),
+        ):
+            with self.assertRaises(error) as caught:
+                call()
+            cause = caught.exception.__cause__
+            self.assertIsInstance(cause, dropbox.exceptions.ApiError)
+            self.assertIn(
+                caught.exception.filename, ("/missing", "/dir", "/dir/a", "/dir/a/b")
+            )
+
+    def test_the_exception_is_no_oserror_and_keeps_its_reason(self):
+        self.assertFalse(issubclass(DropboxStorageException, OSError))
+        error = pickle.loads(pickle.dumps(DropboxStorageException("text", "reason")))
+        self.assertEqual((str(error), error.reason), ("text", "reason"))
+
+    def test_errors_that_are_made_up_with_mocks(self):
+        for mock in (unittest.mock.Mock(), unittest.mock.MagicMock(), None, "text"):
+            error = dropbox.exceptions.ApiError("id", mock, "text", "en")
+            patched = unittest.mock.patch.object(
+                dropbox.Dropbox, "files_get_metadata", side_effect=error
+            )
+            with (
+                patched,
+                self.raises(
+                    DropboxStorageException,
+                    "files/get_metadata of '/a' failed: ApiError.",
+                ),
+            ):
+                self.storage.exists("a")
+
+    def test_an_error_keeps_what_was_being_handled_before(self):
+        self.account.fail("*", "bad_input")
+        try:
+            raise KeyError("before")
+        except KeyError as before:
+            with self.assertRaises(DropboxStorageException) as caught:
+                self.storage.exists("a")
+            error = cause = caught.exception.__cause__
+            self.assertIsInstance(cause, dropbox.exceptions.BadInputError)
+            while error.__context__:
+                error = error.__context__
+            self.assertIs(error, before)
+
+    def test_what_the_sdk_does_not_know_is_told_in_dropboxs_own_words(self):
+        for fault, said in {
+            "no_route": "HTTP 404 Unknown API function.",
+            "account_type": 'HTTP 403 {"error_summary": "invalid_account_type/feature/..", '
+            '"error": {".tag": "invalid_account_type", "invalid_account_type": "feature"}}.',
+        }.items():
+            for route, act in (
+                ("files/get_metadata", lambda: self.storage.exists("a")),
+                ("files/upload", lambda: self.storage._save("a", ContentFile(b"x"))),
+                ("files/download", lambda: self.storage.open("a")),
+            ):
+                self.account.fail(route, fault)
+                message = f"{route} of '/a' failed: {said}"
+                with self.account.counting() as calls:
+                    with self.raises(DropboxStorageException, message) as caught:
+                        act()
+                self.assertEqual(sum(calls.values()), 1)
+                self.assertEqual(caught.exception.reason, said[:8])
+                self.account.faults.clear()
+
+    def test_hints_are_about_what_was_said(self):
+        sharing = self.account.storage(shared_links=True)
+        for storage, route, act, fault, hint in (
+            (sharing, "*", "url", "/access_denied", "sharing is off"),
+            (sharing, "*", "url", "route_access", None),
+            (self.storage, "*", "delete", "/too_many_files", "too large"),
+            (
+                self.storage,
+                "*",
+                "exists",
+                "/path/malformed_path",
+                "DEL, space at an end",
+            ),
+            (self.storage, "*", "exists", "/path/malformed_path", "no emoji"),
+        ):
+            self.account.fail(route, fault)
+            with self.assertRaises(DropboxStorageException) as caught:
+                getattr(storage, act)("a")
+            shown = str(caught.exception)
+            self.assertEqual("(" in shown, hint is not None, shown)
+            self.assertIn(hint or "route_access_denied", shown)
+            self.account.faults.clear()
+
+    def test_what_dropbox_cannot_name_it_refuses(self):
+        for name in ("a\x7fb", "a\\b\x7f"):
+            with self.assertRaisesRegex(DropboxStorageException, "DEL"):
+                self.storage.save(name, ContentFile(b"x"))
+
+
+class SecretTests(StorageTestCase):
+    secrets = {
+        "oauth2_access_token": "sl.hidden-access",
+        "oauth2_refresh_token": "hidden-refresh",
+        "app_key": "hidden-key",
+        "app_secret": "hidden-secret",
+    }
+
+    def migration(self, storage):
+        field = models.FileField(storage=storage)
+        return MigrationWriter.serialize(field)[0]
+
+    def test_a_migration_holds_no_secret_and_can_be_imported_without_any(self):
+        token = self.secrets["oauth2_access_token"]
+        keywords = {k: v for k, v in self.secrets.items() if k != "oauth2_access_token"}
+        for storage in (
+            DropboxStorage(**self.secrets, root_path="/r"),
+            DropboxStorage(token, **keywords, root_path="/r"),
+        ):
+            written = self.migration(storage)
+            self.assertNotIn("hidden", written)
+            path, args, kwargs = storage.deconstruct()
+            self.assertEqual((args, kwargs), ((), {"root_path": "/r"}))
+            self.assertEqual(path, f"{module.__name__}.DropboxStorage")
+            imported = import_string(path)(*args, **kwargs)
+            self.assertEqual(imported.deconstruct(), storage.deconstruct())
+
+    def test_subclasses_with_arguments_of_their_own(self):
+        class Media(DropboxStorage):
+            def __init__(self, secret, folder="/x"):
+                super().__init__(secret, root_path=folder)
+
+        args, kwargs = Media("hidden-token", folder="/y")._constructor_args
+        self.assertEqual((args, kwargs), ((), {"folder": "/y"}))
+
+    def test_a_callable_storage_stays_a_path(self):
+        written = self.migration(get_storage)
+        self.assertIn(f"{__name__}.get_storage", written)
+
+    def test_a_storage_is_neither_false_nor_callable(self):
+        self.assertTrue(DropboxStorage())
+        self.assertFalse(callable(DropboxStorage()))
+        self.assertNotEqual(DropboxStorage(), "storage")
+
+    def test_no_repr_and_no_log_shows_a_secret(self):
+        with self.assertLogs(level="DEBUG") as logs:
+            storage = self.account.connect(DropboxStorage(**self.secrets))
+            storage.FIRST_WAIT = 0.001
+            self.account.refresh_tokens = {
+                "hidden-refresh": ("hidden-key", "hidden-secret")
+            }
+            self.account.tokens.add("sl.hidden-access")
+            self.save("a", b"x", storage)
+            self.account.fail("*", "503", times=3)
+            self.assertIn("/a", self.account.files())
+            shown = [repr(storage), str(storage), repr(storage.open("a"))]
+            logging.getLogger().debug("at least one")
+        self.assertNotIn("hidden", "".join([*shown, *logs.output]))
+
+    def test_no_error_shows_a_secret_that_dropbox_repeats(self):
+        for token in ("hidden-access", '"hidden-access"', r"hidden\access"):
+            storage = DropboxStorage()
+            storage.client = client = FakeDropbox(self.account)
+            client._oauth2_access_token = token
+            text = f'Invalid value in HTTP header "Authorization": "Bearer {token}"'
+            for answer in (text, json.dumps({"error": text})):
+                self.account.refused = Refused(400, answer)
+                with self.assertRaises(DropboxStorageException) as caught:
+                    storage.exists("a")
+                error = caught.exception
+                shown = "".join(traceback.format_exception(None, error, None))
+                self.assertIn("BadInputError", shown)
+                self.assertNotIn("hidden", shown)
+                self.assertNotIn("hidden", repr(vars(error.__cause__)))
+
+    def debug_page(self, act):
+        """An error and what Django's debug page, and its mail to ADMINS, show of it.
+
+        That is what the frames of the error and its causes hold, but for those of the
+        tests.
+        """
+        try:
+            act()
+        except Exception as error:
+            with override_settings(DEBUG=True):
+                report = ExceptionReporter(
+                    None, type(error), error, error.__traceback__
+                )
+                frames = report.get_traceback_frames()
+            shown = [
+                repr(frame.get("vars"))
+                for frame in frames
+                if frame.get("filename") != __file__
+            ]
+            self.assertTrue(shown)
+            return error, f"{error!r} {error.__cause__!r} {shown}"
+        self.fail("no error")
+
+    def test_no_debug_page_shows_a_secret(self):
+        """Of any operation under any kind of failure: its frames are shown with all they hold."""
+        secrets = {name: f"{os.urandom(9).hex()}-{name}" for name in REFRESHING}
+        values = [*secrets.values()]
+
+        class TimeLimit(Exception):
+            pass
+
+        def limit():
+            raise TimeLimit
+
+        kinds = ("503", "429", "reset", "garbage", "missing_scope", "bad_input", limit)
+        # It takes long to show what is large: one such operation will do.
+        operations = [name for name in OPERATIONS if name not in LARGE_OPERATIONS]
+        for operation, fault in itertools.product(operations, kinds):
+            options, act = OPERATIONS[operation]
+            account = FakeAccount()
+            account.put("/a", b"old")
+            account.put("/huge", HUGE)
+            account.put("/dir/0")
+            account.refresh_tokens = {values[0]: tuple(values[1:])}
+            storage = account.storage(oauth2_access_token=None, **secrets, **options)
+            clean = account.storage(oauth2_access_token=None, **secrets, **options)
+            cache.clear()
+            with account.counting() as calls:
+                act(clean)
+            account.entries.pop("/new", None)
+            for route in calls:
+                cache.clear()
+                account.put("/a", b"old")
+                account.put("/dir/0")
+                account.faults.clear()
+                account.fail(route, fault, times=999)
+                with self.subTest(f"{operation}: {route} {fault}"):
+                    error, page = self.debug_page(lambda: act(storage))
+                    self.assertIsInstance(error, (DropboxStorageException, TimeLimit))
+                    for secret in (*values, *account.tokens):
+                        self.assertFalse(secret in page)
+
+    def test_no_debug_page_shows_a_secret_that_cannot_be_used(self):
+        secret = os.urandom(9).hex()
+        for options in (
+            {"oauth2_access_token": secret, "root_path": "relative"},
+            {"oauth2_access_token": secret, "unknown": 1},
+            {"oauth2_access_token": f"{secret} "},
+            {"oauth2_refresh_token": secret, "app_key": secret},
+            {"app_secret": secret, "timeout": 0},
+        ):
+            error, page = self.debug_page(lambda: DropboxStorage(**options))
+            self.assertIsInstance(error, ImproperlyConfigured)
+            self.assertFalse(secret in page, options)
+
+    def test_no_debug_page_shows_a_secret_where_the_sdk_is_missing(self):
+        secret = os.urandom(9).hex()
+        storage = DropboxStorage(secret)
+        with unittest.mock.patch.dict(sys.modules, {"dropbox": None}):
+            error, page = self.debug_page(lambda: storage.exists("a"))
+        self.assertIsInstance(error, ImportError)
+        self.assertFalse(secret in page)
+
+
+# The options
 
 
 class OptionTests(StorageTestCase):
@@ -1072,121 +1475,194 @@ class OptionTests(StorageTestCase):
         DropboxStorage(base_url="", shared_links=True)
 
 
-class NameTests(StorageTestCase):
-    def test_a_name_has_one_form(self):
-        for spelling, name in {
-            "e\u0301.txt": "\xe9.txt",
-            "dir\\b.txt": "dir/b.txt",
-            pathlib.PurePosixPath("dir/c.txt"): "dir/c.txt",
-            "./dir//x/../d.txt": "dir/d.txt",
-        }.items():
-            with self.subTest(spelling):
-                self.assertEqual(self.storage._save(spelling, ContentFile(b"x")), name)
-                self.assertEqual(self.account.files()[f"/{name}"], b"x")
-                self.assertTrue(self.storage.exists(spelling))
-                self.assertEqual(self.storage.open(spelling).read(), b"x")
+# The storage
 
-    def test_no_method_leaves_the_root(self):
-        self.account.put("/outside.txt", b"mine")
-        calls = sum(self.account.calls.values())
-        content = ContentFile(b"x")
-        for root, name in itertools.product(
-            ("/", "/root"),
-            (
-                "../outside.txt",
-                "/outside.txt",
-                "a/../../outside.txt",
-                "..",
-                "/root/../a",
-            ),
+
+class CallableStorage(DropboxStorage):
+    root_path = "/callable"
+
+
+def get_storage():
+    return CallableStorage()
+
+
+class ConfigurationTests(StorageTestCase):
+    backend = f"{module.__name__}.DropboxStorage"
+
+    @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
+    def test_storages_setting(self):
+        options = {"oauth2_access_token": "valid-token", "root_path": "/remote"}
+        remote = {"BACKEND": self.backend, "OPTIONS": options}
+        with override_settings(STORAGES={**settings.STORAGES, "remote": remote}):
+            storage = self.account.connect(django_storage.storages["remote"])
+            self.save("a.txt", b"x", storage)
+        self.assertEqual(self.account.files(), {"/remote/a.txt": b"x"})
+
+    def test_settings_alone_suffice(self):
+        """As for DEFAULT_FILE_STORAGE, which builds the storage without arguments."""
+        with override_settings(
+            DROPBOX_OAUTH2_TOKEN="valid-token", DROPBOX_ROOT_PATH="/set"
         ):
-            storage = self.account.storage(root_path=root)
-            for call in (
-                lambda: storage._save(name, content),
-                lambda: storage.save(name, content),
-                lambda: storage.open(name),
-                lambda: storage.open(name, "wb"),
-                lambda: storage.delete(name),
-                lambda: storage.exists(name),
-                lambda: storage.listdir(name),
-                lambda: storage.size(name),
-                lambda: storage.url(name),
-                lambda: storage.get_modified_time(name),
-                lambda: storage.get_available_name(name),
-            ):
-                with self.subTest(root=root, name=name):
-                    with self.assertRaises(SuspiciousFileOperation):
-                        call()
-        self.assertEqual(sum(self.account.calls.values()), calls)
+            storage = self.account.connect(import_string(self.backend)())
+            self.save("a.txt", b"x", storage)
+        self.assertEqual(self.account.files(), {"/set/a.txt": b"x"})
 
-    def test_the_root_itself_is_neither_deleted_nor_written(self):
-        self.save("a.txt", b"x")
-        for name in (".", "/", "a/..", "./"):
-            with self.subTest(name):
-                with self.assertRaises(IsADirectoryError):
-                    self.storage.delete(name)
-                with self.assertRaises(IsADirectoryError):
-                    self.storage._save(name, ContentFile(b""))
-                with self.assertRaises(IsADirectoryError):
-                    self.storage.open(name)
+    def test_class_attributes_of_a_subclass_suffice(self):
+        attributes = {"oauth2_access_token": "valid-token", "root_path": "/sub"}
+        storage = type("Media", (DropboxStorage,), attributes)()
+        self.save("a.txt", b"x", self.account.connect(storage))
+        self.assertEqual(self.account.files(), {"/sub/a.txt": b"x"})
+
+    def test_bad_class_attributes_are_refused(self):
+        with self.assertRaisesRegex(ImproperlyConfigured, "found 'media'"):
+            type("Media", (DropboxStorage,), {"root_path": "media"})()
+
+    def test_namespace(self):
+        storage = self.account.storage(namespace_id="42", root_path="/r")
+        self.save("a.txt", b"x", storage)
+        self.assertEqual(self.account.files(), {"/team/r/a.txt": b"x"})
+        self.assertEqual(storage.open("a.txt").read(), b"x")
+        with self.assertRaisesRegex(DropboxStorageException, "namespace_id"):
+            self.account.storage(namespace_id="7").exists("a.txt")
+
+    def test_team_member(self):
+        storage = self.account.storage(team_member_id="dbmid:1")
+        storage.exists("a.txt")
+        self.assertEqual(
+            self.account.last_headers["Dropbox-API-Select-User"], "dbmid:1"
+        )
+        self.storage.exists("a.txt")
+        self.assertNotIn("Dropbox-API-Select-User", self.account.last_headers)
+
+    def test_timeout_holds_for_every_request(self):
+        storage = self.account.storage(timeout=7, **REFRESHING)
+        self.save("big", bytes(9 * MiB), storage)
+        storage.open("big").read()
+        storage.listdir("")
+        storage.delete(storage.save("a.txt", ContentFile(b"")))
+        self.assertIn("oauth2/token", self.account.calls)
+        self.assertEqual(self.account.timeouts, {7})
+
+    def test_a_changed_option_makes_a_new_client(self):
+        storage = DropboxStorage()
+        with override_settings(DROPBOX_OAUTH2_TOKEN="one"):
+            first = storage.client
+            self.assertIs(storage.client, first)
+        with override_settings(DROPBOX_OAUTH2_TOKEN="two"):
+            self.assertIsNot(storage.client, first)
+
+    def test_an_assigned_client_is_used_with_its_own_credentials(self):
+        storage = DropboxStorage()
+        storage.client = FakeDropbox(self.account)
+        self.save("a.txt", b"x", storage)
         self.assertEqual(self.account.files(), {"/a.txt": b"x"})
 
-    def test_names_that_are_none_are_refused_in_every_mode(self):
-        for mode, name in itertools.product(
-            module.WRITE_MODES, ("", ".", "..", "a/..", "/")
-        ):
-            storage = self.account.storage(write_mode=mode)
-            with self.subTest(mode=mode, name=name):
-                with self.assertRaises(SuspiciousFileOperation):
-                    storage.save(name, ContentFile(b""))
-                with self.assertRaisesRegex(
-                    SuspiciousFileOperation, "Could not derive"
-                ):
-                    storage.get_available_name(name)
+    def test_an_assigned_client_does_not_repeat_calls_by_itself(self):
+        self.storage.client = FakeDropbox(self.account)
+        for fault in ("503", "429"):
+            self.account.fail("files/get_metadata", fault, times=99)
+            with self.account.counting() as calls:
+                with self.assertRaises(DropboxStorageException):
+                    self.storage.exists("a")
+            self.assertEqual(calls["files/get_metadata"], self.storage.MAX_ATTEMPTS)
+            self.account.faults.clear()
 
-    def test_what_no_path_can_hold_is_refused_offline(self):
-        for name in ("a\0b", "a\udc80b"):
-            with self.assertRaisesRegex(SuspiciousFileOperation, "NUL or half"):
-                self.storage.exists(name)
-        self.assertFalse(self.account.calls)
+    def test_copies_and_pickles_build_their_own_client(self):
+        storage = self.account.storage(root_path="/r")
+        for copied in (copy.deepcopy(storage), pickle.loads(pickle.dumps(storage))):
+            self.assertEqual(copied.deconstruct(), storage.deconstruct())
+            self.assertIsNot(copied.client, storage.client)
+            name = self.save("a.txt", b"x", self.account.connect(copied))
+            self.assertIn(f"/r/{name}", self.account.files())
 
-    def test_get_valid_name_mends_what_dropbox_refuses(self):
-        for spelling, valid in {
-            "desktop.ini": "_desktop.ini",
-            "Thumbs.DB": "_Thumbs.DB",
-            ".dropbox": "_.dropbox",
-            "Icon\r": "Icon",
-            "trailing dots...": "trailing_dots",
-            " spaces ": "spaces",
-            "e\u0301": "\xe9",
-            f"{'x' * 300}.jpeg": f"{'x' * 250}.jpeg",
-            f"x.{'y' * 300}": f"x.{'y' * 253}",
-        }.items():
-            with self.subTest(spelling):
-                self.assertEqual(self.storage.get_valid_name(spelling), valid)
-                self.assertEqual(self.save(valid), valid)
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_forked_process_builds_its_own_client(self):
+        self.storage.exists("a.txt")
+        parent = id(self.storage.client)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
+            child = os.fork()
+        if not child:
+            status = 1
+            with contextlib.suppress(BaseException):
+                self.account.connect(self.storage).exists("a.txt")
+                status = int(id(self.storage.client) == parent)
+            os._exit(status)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertEqual(id(self.storage.client), parent)
 
-    def test_an_alternative_of_a_long_name_fits(self):
-        name = f"{'x' * 250}.jpeg"
-        self.save(name)
-        self.assertEqual(len(self.save(name)), 255)
+    def test_the_sdk_is_not_imported_with_the_module(self):
+        code = (
+            "from django.conf import settings; settings.configure(); import sys\n"
+            f"from {module.__name__} import DropboxStorage; DropboxStorage('token')\n"
+            "assert 'dropbox' not in sys.modules and 'requests' not in sys.modules\n"
+        )
+        folder = (
+            pathlib.Path(module.__file__).resolve().parents[module.__name__.count(".")]
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, check=False)
+        self.assertEqual(done.returncode, 0)
 
+    def test_of_two_tokens_the_nearer_one_is_used(self):
+        refreshing = {
+            "DROPBOX_OAUTH2_REFRESH_TOKEN": "valid-refresh-token",
+            "DROPBOX_APP_KEY": "app-key",
+            "DROPBOX_APP_SECRET": "app-secret",
+        }
 
-class Unsized:
-    """Content that knows no size, has no seek and cannot be read twice."""
+        def token(storage):
+            self.account.connect(storage).exists("a")
+            authorization = self.account.last_headers["Authorization"]
+            return authorization.replace("Bearer ", "")[:5]
 
-    def __init__(self, *chunks):
-        self.left = list(chunks)
+        near = type("Near", (DropboxStorage,), {"oauth2_access_token": "valid-token"})
+        nearest = type("Nearest", (near,), REFRESHING)
+        with override_settings(**refreshing, DROPBOX_OAUTH2_TOKEN="other"):
+            self.assertEqual(token(DropboxStorage()), "sl.fr")
+            self.assertEqual(token(DropboxStorage("valid-token")), "valid")
+            self.assertEqual(token(near()), "valid")
+        self.assertEqual(token(nearest()), "sl.fr")
+        self.assertEqual(token(nearest("valid-token")), "valid")
+        self.assertEqual(token(near(**REFRESHING)), "sl.fr")
+        self.assertEqual(token(DropboxStorage("expired", **REFRESHING)), "sl.fr")
 
-    def chunks(self):
-        while self.left:
-            yield self.left.pop(0)
+    def test_a_property_of_a_subclass_is_asked_when_it_is_used(self):
+        class Tenants(DropboxStorage):
+            tenant = None
 
+            @property
+            def root_path(self):
+                return f"/tenants//{self.tenant.lower()}/"
 
-class Broken(Unsized):
-    def chunks(self):
-        yield from super().chunks()
-        raise ZeroDivisionError("half way")
+            @property
+            def oauth2_access_token(self):
+                return f"{self.tenant}-token"
+
+        storage = Tenants()
+        for tenant in ("one", "e\u0301"):
+            storage.tenant = tenant
+            self.account.tokens = {f"{tenant}-token"}
+            if tenant == "one":
+                self.save("a.txt", b"x", self.account.connect(storage))
+        self.assertEqual(self.account.files(), {"/tenants/one/a.txt": b"x"})
+        with self.assertRaisesRegex(ImproperlyConfigured, "oauth2_access_token"):
+            storage.exists("a.txt")
+        storage.tenant = None
+        self.assertEqual(storage._constructor_args, ((), {}))
+
+    def test_a_forked_process_does_not_share_an_assigned_clients_connections(self):
+        self.storage.client = client = FakeDropbox(self.account)
+        closed = []
+        self.account.close = lambda: closed.append(os.getpid())
+        self.storage.exists("a.txt")
+        closed.clear()
+        self.storage.exists("a.txt")
+        self.assertEqual(closed, [])
+        with unittest.mock.patch.object(os, "getpid", lambda: 1):  # as in a child
+            self.storage.exists("a.txt")
+            self.storage.exists("a.txt")
+        self.assertEqual(closed, [1])
+        self.assertIs(self.storage.client, client)
 
 
 class SavingTests(StorageTestCase):
@@ -1406,6 +1882,1035 @@ class SavingTests(StorageTestCase):
             self.save("small", data[:5])
             self.save("large", data)
         self.assertEqual(sum(hashed), 5 + len(data))
+
+
+class LookingTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.account.put("/a.txt", b"12345")
+        self.account.put("/dir/Sub/b.txt", b"x")
+
+    def test_exists(self):
+        for name, there in {
+            "a.txt": True,
+            "A.TXT": True,
+            "dir": True,
+            "dir/sub/b.txt": True,
+            "": True,
+            ".": True,
+            "b.txt": False,
+            "dir/b.txt": False,
+            "a.txt/b": False,
+        }.items():
+            self.assertIs(self.storage.exists(name), there, name)
+
+    def test_exists_raises_when_it_cannot_know(self):
+        for fault in ("invalid_token", "bad_input", "/path/restricted_content"):
+            self.account.fail("files/get_metadata", fault)
+            with self.assertRaises(DropboxStorageException):
+                self.storage.exists("a.txt")
+            self.account.faults.clear()
+
+    def test_listdir(self):
+        for path in ("", ".", "/", pathlib.Path("")):
+            self.assertEqual(self.storage.listdir(path), (["dir"], ["a.txt"]))
+        self.assertEqual(self.storage.listdir("dir"), (["Sub"], []))
+        self.assertEqual(self.storage.listdir("DIR/sub/"), ([], ["b.txt"]))
+        with self.assertRaises(FileNotFoundError):
+            self.storage.listdir("missing")
+        with self.assertRaises(NotADirectoryError):
+            self.storage.listdir("a.txt")
+
+    def test_listdir_follows_every_page(self):
+        self.account.page_size = 3
+        for i in range(10):
+            self.account.put(f"/many/{i}")
+        names = [str(i) for i in range(10)]
+        with self.account.counting() as calls:
+            self.assertEqual(self.storage.listdir("many"), ([], names))
+        paged = {"files/list_folder": 1, "files/list_folder/continue": 3}
+        self.assertEqual(calls, paged)
+        self.account.fail("files/list_folder/continue", "/reset", nth=2)
+        self.assertEqual(self.storage.listdir("many"), ([], names))
+        self.account.fail("files/list_folder/continue", "/reset", times=999)
+        with self.assertRaises(DropboxStorageException):
+            self.storage.listdir("many")
+
+    def test_a_listing_that_expires_begins_again(self):
+        self.account.page_size = 3
+        for i in range(10):
+            self.account.put(f"/many/{i}")
+        self.account.fail("files/list_folder/continue", "/reset", nth=3)
+        names = [str(i) for i in range(10)]
+        self.assertEqual(self.storage.listdir("many"), ([], names))
+        self.account.fail("files/list_folder/continue", "/reset", times=99)
+        with self.account.counting() as calls:
+            with self.assertRaises(DropboxStorageException) as caught:
+                self.storage.listdir("many")
+        self.assertEqual(caught.exception.reason, "reset")
+        self.assertEqual(calls["files/list_folder"], self.storage.MAX_ATTEMPTS)
+
+    def test_a_root_that_does_not_exist_yet_is_empty(self):
+        storage = self.account.storage(root_path="/new")
+        self.assertEqual(storage.listdir(""), ([], []))
+        self.assertEqual(FakeAccount().storage().listdir(""), ([], []))
+        self.assertFalse(storage.exists("a.txt"))
+        self.save("a.txt", b"x", storage)
+        self.assertEqual(storage.listdir(""), ([], ["a.txt"]))
+
+    def test_size_and_time_are_those_of_files(self):
+        self.assertEqual(self.storage.size("a.txt"), 5)
+        for look in (self.storage.size, self.storage.get_modified_time):
+            with self.assertRaises(FileNotFoundError):
+                look("missing")
+            with self.assertRaises(IsADirectoryError):
+                look("dir")
+            with self.assertRaises(IsADirectoryError):
+                look("")
+
+    def test_modified_time_is_aware_if_use_tz(self):
+        self.account.entries["/a.txt"].modified = "2024-07-01T12:00:00Z"
+        aware = self.storage.get_modified_time("a.txt")
+        utc = datetime.timezone.utc
+        self.assertEqual(aware, datetime.datetime(2024, 7, 1, 12, tzinfo=utc))
+        self.assertEqual(aware.utcoffset(), datetime.timedelta())
+        with override_settings(USE_TZ=False):
+            naive = self.storage.get_modified_time("a.txt")
+        self.assertIsNone(naive.tzinfo)
+        self.assertEqual(naive.timestamp(), aware.timestamp())
+
+    def test_what_dropbox_does_not_know_is_not_implemented(self):
+        for method in ("path", "get_accessed_time", "get_created_time"):
+            with self.assertRaises(NotImplementedError):
+                getattr(self.storage, method)("a.txt")
+
+    def test_delete(self):
+        self.storage.delete("A.txt")
+        self.storage.delete("a.txt")
+        self.assertEqual(self.account.files(), {"/dir/Sub/b.txt": b"x"})
+        self.storage.delete("dir")
+        self.assertEqual(self.account.entries, {})
+        for name in ("", None):
+            with self.raises(ValueError, "The name must be given to delete()."):
+                self.storage.delete(name)
+
+    def test_each_look_is_one_call(self):
+        for look, route in (
+            (lambda: self.storage.exists("a.txt"), "files/get_metadata"),
+            (lambda: self.storage.size("a.txt"), "files/get_metadata"),
+            (lambda: self.storage.get_modified_time("a.txt"), "files/get_metadata"),
+            (lambda: self.storage.listdir("dir"), "files/list_folder"),
+            (lambda: self.storage.url("a.txt"), "files/get_temporary_link"),
+            (lambda: self.storage.delete("a.txt"), "files/delete_v2"),
+        ):
+            with self.account.counting() as calls:
+                look()
+            self.assertEqual(calls, {route: 1})
+
+    def test_a_listing_that_changes_between_its_pages(self):
+        """Later pages report what is gone, with all below it, and what is new again."""
+
+        class Changing(FakeAccount):
+            def files_list_folder_continue(self, argument, body):
+                if "/many/9" not in self.files():
+                    self.put("/many/1", b"longer")
+                    self.put("/many/9")
+                    for path in ("/many/0", "/many/5", "/many/SUB"):
+                        self.files_delete_v2({"path": path}, b"")
+                    self.put("/many/5", b"again")
+                return super().files_list_folder_continue(argument, body)
+
+        for preload in (False, True):
+            self.account = Changing(page_size=3)
+            for i in range(6):
+                self.account.put(f"/many/{i}")
+                self.account.put(f"/many/Sub/deep/{i}")
+            storage = self.account.storage(preload_metadata=preload)
+            folders, files = storage.listdir("many")
+            self.assertEqual(sorted(files), ["1", "2", "3", "4", "5", "9"])
+            self.assertEqual(folders, [])
+            if preload:
+                self.assertEqual(storage.size("many/1"), 6)
+                self.assertFalse(storage.exists("many/sub/deep/1"))
+                self.assertFalse(storage.exists("many/Sub"))
+
+    def test_an_alternative_of_a_name_with_a_long_extension_fits(self):
+        for name in (f"x.{'y' * 253}", f"x.{'y' * 248}.jpeg", f".{'y' * 254}"):
+            self.save(name, b"1")
+            saved = self.save(name, b"2")
+            self.assertNotEqual(saved, name)
+            self.assertLessEqual(len(saved), 255)
+            self.assertEqual(saved.endswith(name[-5:]), name[0] == "x")
+            self.assertTrue(saved.startswith(name[0]))
+
+
+# Names, and what is known about them
+
+
+class NameTests(StorageTestCase):
+    def test_a_name_has_one_form(self):
+        for spelling, name in {
+            "e\u0301.txt": "\xe9.txt",
+            "dir\\b.txt": "dir/b.txt",
+            pathlib.PurePosixPath("dir/c.txt"): "dir/c.txt",
+            "./dir//x/../d.txt": "dir/d.txt",
+        }.items():
+            with self.subTest(spelling):
+                self.assertEqual(self.storage._save(spelling, ContentFile(b"x")), name)
+                self.assertEqual(self.account.files()[f"/{name}"], b"x")
+                self.assertTrue(self.storage.exists(spelling))
+                self.assertEqual(self.storage.open(spelling).read(), b"x")
+
+    def test_no_method_leaves_the_root(self):
+        self.account.put("/outside.txt", b"mine")
+        calls = sum(self.account.calls.values())
+        content = ContentFile(b"x")
+        for root, name in itertools.product(
+            ("/", "/root"),
+            (
+                "../outside.txt",
+                "/outside.txt",
+                "a/../../outside.txt",
+                "..",
+                "/root/../a",
+            ),
+        ):
+            storage = self.account.storage(root_path=root)
+            for call in (
+                lambda: storage._save(name, content),
+                lambda: storage.save(name, content),
+                lambda: storage.open(name),
+                lambda: storage.open(name, "wb"),
+                lambda: storage.delete(name),
+                lambda: storage.exists(name),
+                lambda: storage.listdir(name),
+                lambda: storage.size(name),
+                lambda: storage.url(name),
+                lambda: storage.get_modified_time(name),
+                lambda: storage.get_available_name(name),
+            ):
+                with self.subTest(root=root, name=name):
+                    with self.assertRaises(SuspiciousFileOperation):
+                        call()
+        self.assertEqual(sum(self.account.calls.values()), calls)
+
+    def test_the_root_itself_is_neither_deleted_nor_written(self):
+        self.save("a.txt", b"x")
+        for name in (".", "/", "a/..", "./"):
+            with self.subTest(name):
+                with self.assertRaises(IsADirectoryError):
+                    self.storage.delete(name)
+                with self.assertRaises(IsADirectoryError):
+                    self.storage._save(name, ContentFile(b""))
+                with self.assertRaises(IsADirectoryError):
+                    self.storage.open(name)
+        self.assertEqual(self.account.files(), {"/a.txt": b"x"})
+
+    def test_names_that_are_none_are_refused_in_every_mode(self):
+        for mode, name in itertools.product(
+            module.WRITE_MODES, ("", ".", "..", "a/..", "/")
+        ):
+            storage = self.account.storage(write_mode=mode)
+            with self.subTest(mode=mode, name=name):
+                with self.assertRaises(SuspiciousFileOperation):
+                    storage.save(name, ContentFile(b""))
+                with self.assertRaisesRegex(
+                    SuspiciousFileOperation, "Could not derive"
+                ):
+                    storage.get_available_name(name)
+
+    def test_what_no_path_can_hold_is_refused_offline(self):
+        for name in ("a\0b", "a\udc80b"):
+            with self.assertRaisesRegex(SuspiciousFileOperation, "NUL or half"):
+                self.storage.exists(name)
+        self.assertFalse(self.account.calls)
+
+    def test_get_valid_name_mends_what_dropbox_refuses(self):
+        for spelling, valid in {
+            "desktop.ini": "_desktop.ini",
+            "Thumbs.DB": "_Thumbs.DB",
+            ".dropbox": "_.dropbox",
+            "Icon\r": "Icon",
+            "trailing dots...": "trailing_dots",
+            " spaces ": "spaces",
+            "e\u0301": "\xe9",
+            f"{'x' * 300}.jpeg": f"{'x' * 250}.jpeg",
+            f"x.{'y' * 300}": f"x.{'y' * 253}",
+        }.items():
+            with self.subTest(spelling):
+                self.assertEqual(self.storage.get_valid_name(spelling), valid)
+                self.assertEqual(self.save(valid), valid)
+
+    def test_an_alternative_of_a_long_name_fits(self):
+        name = f"{'x' * 250}.jpeg"
+        self.save(name)
+        self.assertEqual(len(self.save(name)), 255)
+
+
+class PreloadTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.account.page_size = 3
+        for name in ("a.txt", "dir/b.txt", "Dir/Sub/c.txt", "dir/sub/d.txt"):
+            self.account.put(f"/static/{name}", name.encode())
+        self.storage = self.preloading()
+        self.plain = self.account.storage(root_path="/static")
+
+    def preloading(self, **options):
+        options = {"preload_metadata": True, "root_path": "/static", **options}
+        return self.account.storage(**options)
+
+    def looks(self, storage):
+        """All that a storage says of its files."""
+        found, names = (
+            {},
+            ["", "a.txt", "A.txt", "dir", "dir/Sub", "dir/sub/c.txt", "x", "n/e/w"],
+        )
+        for look, name in itertools.product(
+            ("exists", "size", "get_modified_time", "listdir", "get_available_name"),
+            names,
+        ):
+            try:
+                found[look, name] = getattr(storage, look)(name)
+            except (OSError, SuspiciousFileOperation) as error:
+                found[look, name] = type(error)
+            if look == "listdir" and isinstance(found[look, name], tuple):
+                found[look, name] = [*map(sorted, found[look, name])]
+            if look == "get_available_name":
+                found[look, name] = found[look, name] == name
+        return found
+
+    def test_one_listing_answers_everything(self):
+        expected = self.looks(self.plain)
+        with self.account.counting() as calls:
+            self.assertEqual(self.looks(self.storage), expected)
+        paged = {"files/list_folder": 1, "files/list_folder/continue": 1}
+        self.assertEqual(calls, paged)
+
+    def test_its_own_writes_and_deletes_keep_it_true(self):
+        storage = self.storage
+        for change in (
+            lambda: storage.save("n/e/w", ContentFile(b"new")),
+            lambda: storage.save("a.txt", ContentFile(b"another")),
+            lambda: storage.open("A.TXT", "wb").close(),
+            lambda: storage.delete("dir/sub/c.txt"),
+            lambda: storage.delete("DIR"),
+            lambda: storage.delete("missing"),
+            lambda: storage.save("dir", ContentFile(b"a file now")),
+            lambda: storage.delete("n/e/w"),
+        ):
+            change()
+            self.assertEqual(self.looks(storage), self.looks(self.plain))
+        self.assertEqual(self.account.calls["files/list_folder"] > 0, True)
+
+    def test_a_root_that_does_not_exist_yet_is_empty(self):
+        storage = self.preloading(root_path="/new")
+        self.assertFalse(storage.exists("a.txt"))
+        self.assertEqual(storage.listdir(""), ([], []))
+        self.save("a.txt", b"x", storage)
+        self.assertTrue(storage.exists("a.txt"))
+        self.assertEqual(self.account.calls["files/list_folder"], 1)
+
+    def test_what_others_have_done_is_never_overwritten(self):
+        self.assertFalse(self.storage.exists("new.txt"))
+        self.account.put("/static/new.txt", b"theirs")
+        self.assertRegex(
+            self.save("new.txt", b"mine", self.storage), r"^new_\w{7}.txt$"
+        )
+        update = self.preloading(write_mode="update")
+        update.size("a.txt")
+        self.account.put("/static/a.txt", b"theirs")
+        with self.assertRaises(DropboxStorageException):
+            self.save("a.txt", b"mine", update)
+        self.save("a.txt", b"mine", update)  # after an error it looks again
+        self.assertEqual(self.account.files()["/static/a.txt"], b"mine")
+
+    def collect(self, **options):
+        """Run collectstatic as in a new process; return its number of calls."""
+        lazy = staticfiles.staticfiles_storage
+        self.addCleanup(setattr, lazy, "_wrapped", lazy._wrapped)
+        self.addCleanup(get_finder.cache_clear)
+        lazy._wrapped = self.account.connect(DropboxStorage())
+        with self.account.counting() as calls:
+            call_command("collectstatic", interactive=False, verbosity=0, **options)
+        return sum(calls.values())
+
+    @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
+    def test_collectstatic(self):
+        """40 files: a first time, again, after a change, and after clearing."""
+        backend = f"{module.__name__}.DropboxStorage"
+        self.account.page_size = 500
+        for preload, limits in ((True, (42, 2, 4)), (False, (120, 80, 83))):
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                override_settings(
+                    INSTALLED_APPS=["django.contrib.staticfiles"],
+                    STATIC_URL="/static/",
+                    STATICFILES_DIRS=[folder],
+                    STATICFILES_FINDERS=[
+                        "django.contrib.staticfiles.finders.FileSystemFinder"
+                    ],
+                    STORAGES={
+                        "default": {"BACKEND": backend},
+                        "staticfiles": {"BACKEND": backend},
+                    },
+                    DROPBOX_OAUTH2_TOKEN="valid-token",
+                    DROPBOX_ROOT_PATH=f"/collected-{preload}",
+                    DROPBOX_PRELOAD_METADATA=preload,
+                ),
+            ):
+                get_finder.cache_clear()
+                for i in range(40):
+                    path = pathlib.Path(folder, f"dir{i % 3}", f"{i}.css")
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(b"%d" % i)
+                    os.utime(path, (1, 1))
+                self.assertLessEqual(self.collect(), limits[0])
+                files = self.account.files()
+                self.assertLessEqual(self.collect(), limits[1])
+                self.assertEqual(self.account.files(), files)
+                path.write_bytes(b"changed")
+                os.utime(path, (time.time() + 9,) * 2)
+                self.assertLessEqual(self.collect(), limits[2])
+                name = f"/collected-{preload}/dir0/39.css"
+                self.assertEqual(self.account.files(), {**files, name: b"changed"})
+                self.collect(clear=True)
+                self.assertEqual(self.account.files(), {**files, name: b"changed"})
+
+    def test_threads_share_a_listing_while_it_changes(self):
+        """Saves, failures and looks at once: none of them gets in the way of another."""
+        self.account.page_size = 500
+        for i in range(2000):
+            self.account.put(f"/static/many/{i}")
+        done = threading.Event()
+
+        def fail():
+            while not done.is_set():
+                with contextlib.suppress(FileNotFoundError):
+                    self.storage.size("missing")
+
+        def look():
+            while not done.is_set():
+                self.assertGreaterEqual(len(self.storage.listdir("many")[1]), 2000)
+
+        with ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(fail), pool.submit(look), pool.submit(look)]
+            try:
+                for i in range(100):
+                    name = self.save(f"many/new/{i}", b"x", self.storage)
+                    self.assertEqual(name, f"many/new/{i}")
+            finally:
+                done.set()
+            for other in others:
+                other.result()
+
+    def test_a_save_does_not_look_through_the_listing(self):
+        class Listing(dict):
+            def __iter__(self):
+                raise AssertionError("looked through")
+
+            items = keys = values = __iter__
+
+        self.storage.exists("a.txt")
+        state = self.storage._state
+        state.listing = Listing(state.listing)
+        self.assertEqual(self.save("new/a.txt", b"x", self.storage), "new/a.txt")
+        self.assertTrue(self.storage.exists("new"))
+
+
+# Links
+
+
+class LinkTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.account.put("/a b.txt", b"12345")
+
+    def leads_to(self, link, content):
+        self.assertEqual(self.account.links[link], content)
+
+    def test_a_temporary_link_is_cached_for_all_spellings_of_a_name(self):
+        link = self.storage.url("a b.txt")
+        self.leads_to(link, b"12345")
+        for name in ("a b.txt", "A B.TXT", "./a b.txt"):
+            self.assertEqual(self.storage.url(name), link)
+        self.assertEqual(self.account.calls["files/get_temporary_link"], 1)
+
+    def test_saving_writing_and_deleting_drop_the_link(self):
+        storage = self.account.storage(write_mode="overwrite")
+
+        def write():
+            with storage.open("a b.txt", "wb") as file:
+                file.write(b"written")
+
+        for change, content in (
+            (lambda: storage.save("A b.txt", ContentFile(b"saved")), b"saved"),
+            (write, b"written"),
+        ):
+            old = storage.url("a b.txt")
+            change()
+            self.assertNotEqual(storage.url("a b.txt"), old)
+            self.leads_to(storage.url("a b.txt"), content)
+        self.account.storage(shared_links=True).url("a b.txt")
+        storage.delete("a b.txt")
+        for options in ({}, {"shared_links": True}):
+            with self.assertLogs("dropbox_storage", "WARNING"):
+                self.assertEqual(self.account.storage(**options).url("a b.txt"), "")
+
+    def test_accounts_namespaces_members_and_roots_are_apart(self):
+        self.account.tokens |= {"other-token"}
+        self.account.put("/team/a b.txt")
+        self.account.put("/root/a b.txt")
+        links = {
+            self.account.storage(**options).url("a b.txt")
+            for options in (
+                {},
+                {"oauth2_access_token": "other-token"},
+                {"namespace_id": "42"},
+                {"team_member_id": "dbmid:1"},
+                {"root_path": "/root"},
+                {"shared_links": True},
+            )
+        }
+        self.assertEqual(len(links), 6)
+
+    def test_the_cache_holds_no_secret(self):
+        self.storage.url("a b.txt")
+        self.assertEqual(len(cache._cache), 1)
+        (key,) = cache._cache
+        self.assertNotIn("valid-token", key)
+        self.assertRegex(key, "^:1:dropbox_storage:[0-9a-f]{64}$")
+
+    def test_url_cache_timeout(self):
+        for timeout in (0, None):
+            storage = self.account.storage(url_cache_timeout=timeout)
+            self.assertNotEqual(storage.url("a b.txt"), storage.url("a b.txt"))
+        storage = self.account.storage(url_cache_timeout=0.05)
+        old = storage.url("a b.txt")
+        time.sleep(0.1)
+        self.assertNotEqual(storage.url("a b.txt"), old)
+
+    def test_a_cache_that_is_down_costs_a_call_and_no_more(self):
+        broken = {"default": {"BACKEND": f"{__name__}.BrokenCache"}}
+        with override_settings(CACHES=broken):
+            with self.assertLogs("dropbox_storage", "WARNING") as logs:
+                self.leads_to(self.storage.url("a b.txt"), b"12345")
+                self.save("b.txt", b"x")
+        self.assertNotIn("cache.example", "".join(logs.output))
+        self.assertEqual(self.account.calls["files/get_temporary_link"], 1)
+
+    def test_a_missing_file_has_no_link_and_one_warning(self):
+        for options in ({}, {"shared_links": True}):
+            storage = self.account.storage(**options)
+            with self.assertLogs("dropbox_storage", "WARNING") as logs:
+                self.assertEqual(storage.url("gone.jpg"), "")
+            text = "No link to 'gone.jpg': it is not in '/'."
+            self.assertEqual(logs.output, [f"WARNING:dropbox_storage:{text}"])
+
+    def test_every_other_error_raises(self):
+        self.account.fail("files/get_temporary_link", "invalid_token")
+        with self.assertRaises(DropboxStorageException):
+            self.storage.url("a b.txt")
+        self.account.put("/dir/x")
+        with self.assertRaises(IsADirectoryError):
+            self.storage.url("dir")
+
+    def test_base_url_needs_no_call(self):
+        storage = DropboxStorage(base_url="/media")
+        self.assertEqual(storage.base_url, "/media/")
+        for name, url in {
+            "a b.txt": "/media/a%20b.txt",
+            "/dir\\\xe9.txt": "/media/dir/%C3%A9.txt",
+            "": "/media/",
+            None: "/media/",
+        }.items():
+            self.assertEqual(storage.url(name), url)
+
+    def test_a_lazy_base_url_is_looked_up_when_it_is_used(self):
+        base_url = urls.reverse_lazy("media", args=[""])
+        storage = DropboxStorage("secret", base_url=base_url)
+        with override_settings(ROOT_URLCONF=()), self.assertRaises(urls.NoReverseMatch):
+            storage.url("a b.txt")
+        pattern = urls.re_path("^media/(.*)$", module.serve, name="media")
+        with override_settings(ROOT_URLCONF=(pattern,)):
+            self.assertEqual(storage.url("a b.txt"), "/media/a%20b.txt")
+
+    def test_shared_links(self):
+        storage = self.account.storage(shared_links=True)
+        with self.account.counting() as calls:
+            link = storage.url("a b.txt")
+            self.assertEqual(storage.url("a b.txt"), link)
+        self.assertRegex(
+            link, r"^https://www.dropbox.com/scl/fi/\w+/a b.txt\?rlkey=\w+&raw=1$"
+        )
+        self.assertEqual(calls, {"sharing/create_shared_link_with_settings": 1})
+        cache.clear()
+        self.assertEqual(storage.url("a b.txt"), link)
+        self.assertEqual(self.account.calls["sharing/list_shared_links"], 1)
+
+    def test_sharing_that_is_off_is_explained(self):
+        storage = self.account.storage(shared_links=True)
+        for fault, hint in {
+            "/access_denied": "sharing is off for the account; use base_url",
+            "/settings_error/not_authorized": "public links are off for the account",
+            "/email_not_verified": "verify the account's e-mail address",
+            "missing_scope": "tick it under Permissions in the App Console",
+        }.items():
+            self.account.fail("sharing/create_shared_link_with_settings", fault)
+            with self.assertRaisesRegex(DropboxStorageException, hint):
+                storage.url("a b.txt")
+            self.account.faults.clear()
+
+    def test_a_link_that_is_made_while_the_file_is_replaced_is_not_kept(self):
+        storage = self.account.storage(write_mode="overwrite")
+
+        class Replacing(FakeAccount):
+            def files_get_temporary_link(self, argument, body):
+                result = super().files_get_temporary_link(argument, body)
+                if self.changes[-1]["size"] == 5:
+                    storage.save("A b.txt", ContentFile(b"new"))
+                return result
+
+        self.account = Replacing()
+        self.account.put("/a b.txt", b"12345")
+        self.account.connect(storage)
+        self.leads_to(storage.url("a b.txt"), b"12345")
+        self.leads_to(storage.url("a b.txt"), b"new")
+        self.assertEqual(storage.url("a b.txt"), storage.url("a b.txt"))
+
+    def test_own_clients_with_other_headers_have_other_links(self):
+        links = set()
+        for headers in (None, {"Dropbox-API-Path-Root": '{"namespace_id": "42"}'}):
+            storage = DropboxStorage()
+            storage.client = FakeDropbox(self.account)
+            storage.client._headers = headers
+            self.account.put("/team/a b.txt", b"theirs")
+            links.add(storage.url("a b.txt"))
+        self.assertEqual(len(links), 2)
+
+
+class BrokenCache(BaseCache):
+    def __init__(self, *args):
+        super().__init__({})
+
+    def get(self, *args, **kwargs):
+        raise ConnectionError("redis://user:password@cache.example is down")
+
+    set = delete_many = get
+
+
+# The door to Dropbox
+
+
+class DoorTests(StorageTestCase):
+    def test_what_lasts_is_reported_with_how_long_it_was_tried(self):
+        for fault in ("503", "429", "reset", "html"):
+            self.account.fail("files/get_metadata", fault, times=99)
+            with self.account.counting() as calls:
+                with self.assertRaisesRegex(
+                    DropboxStorageException,
+                    r"files/get_metadata of '/a' failed \(6 attempts, 0 s\): ",
+                ):
+                    self.storage.exists("a")
+            self.assertEqual(calls["files/get_metadata"], self.storage.MAX_ATTEMPTS)
+            self.account.faults.clear()
+
+    def test_permanent_failures_are_not_repeated_without_a_pause_either(self):
+        self.storage.FIRST_WAIT = 0
+        self.account.fail("files/get_metadata", "missing_scope", times=9)
+        with self.assertRaises(DropboxStorageException):
+            self.storage.exists("a")
+        self.assertEqual(self.account.calls["files/get_metadata"], 1)
+
+    def test_a_wait_that_is_too_long_is_not_begun(self):
+        self.account.fail("files/get_metadata", "429", value=300)
+        begun = time.monotonic()
+        with self.assertRaisesRegex(
+            DropboxStorageException,
+            r"failed \(Dropbox asks to wait 300 s, max_wait is 60\): "
+            "too_many_requests",
+        ):
+            self.storage.exists("a")
+        self.assertLess(time.monotonic() - begun, 5)
+
+    def test_retry_after_is_honoured(self):
+        for fault in ("429", "429_text", "too_many_writes"):
+            self.account.fail("files/get_metadata", fault, value=1)
+            begun = time.monotonic()
+            self.assertFalse(self.storage.exists("a"))
+            self.assertGreaterEqual(time.monotonic() - begun, 1)
+            self.account.faults.clear()
+
+    def log(self, act, level="INFO"):
+        """What is logged while act() succeeds or fails, with its numbers as N."""
+        with self.assertLogs("dropbox_storage", level) as logs:
+            with contextlib.suppress(DropboxStorageException):
+                act()
+        return [re.sub(r"\d+\.\d+", "N", line) for line in logs.output]
+
+    def test_each_repeat_is_a_line_in_the_log(self):
+        for fault, reason in {
+            "503": "HTTP 503",
+            "429": "too_many_requests",
+            "reset": "ConnectionError",
+            "stall": "ReadTimeout",
+            "html": "HTTP 502",
+            "garbage": "AssertionError",
+        }.items():
+            self.account.fail("files/get_metadata", fault, times=3)
+            start = f"dropbox_storage:files/get_metadata of '/a': {reason} at attempt"
+            lines = self.log(lambda: self.storage.exists("a"))
+            self.assertEqual(
+                lines,
+                [
+                    f"INFO:{start} 1 of 6; the next in N s.",
+                    f"WARNING:{start} 2 of 6; the next in N s.",
+                    f"WARNING:{start} 3 of 6; the next in N s.",
+                ],
+            )
+            self.account.faults.clear()
+        self.account.put("/a", bytes(MiB))
+        self.account.fail("files/download", "truncate")
+        lines = self.log(lambda: self.storage.open("a").read())
+        self.assertRegex(lines[0], "INFO:.*files/download of '/a': .* attempt 1 of 6")
+
+    def test_a_call_that_gives_up_is_a_warning(self):
+        self.account.fail("files/get_metadata", "503", times=99)
+        lines = self.log(lambda: self.storage.exists("a"), "WARNING")
+        self.assertEqual(len(lines), 5)
+        said = (
+            "files/get_metadata of '/a' failed (6 attempts, 0 s): HTTP 503 unavailable."
+        )
+        self.assertEqual(lines[-1], f"WARNING:dropbox_storage:{said}")
+
+    def test_each_call_is_a_line_for_debugging_with_its_time(self):
+        self.account.put("/huge", HUGE)
+        storage = self.account.storage(**{"oauth2_access_token": None}, **REFRESHING)
+        debug = "DEBUG:dropbox_storage:"
+        lines = self.log(lambda: storage.exists("b"), "DEBUG")
+        self.assertEqual(
+            lines,
+            [
+                f"{debug}files/get_metadata of '/b': /oauth2/token, HTTP 200 in N s.",
+                f"{debug}files/get_metadata of '/b': /2/files/get_metadata, HTTP 409 in N s.",
+            ],
+        )
+        with self.account.counting() as calls:
+            lines = self.log(lambda: storage.open("huge").read(), "DEBUG")
+        self.assertEqual(
+            lines[0],
+            f"{debug}files/download of '/huge': /2/files/download, HTTP 200 in N s.",
+        )
+        self.assertEqual(len(lines), calls["files/download"])
+
+    def test_what_is_refused_at_once_is_no_warning(self):
+        self.account.fail("files/get_metadata", "missing_scope")
+        lines = self.log(lambda: self.storage.exists("a"), "DEBUG")
+        self.assertEqual(len(lines), 1)
+
+    def test_max_wait_bounds_a_call(self):
+        self.account.fail("files/get_metadata", "503", times=999)
+        for max_wait, attempts in ((0, 1), (0.05, 3), (None, 6), (60, 6)):
+            storage = self.account.storage(max_wait=max_wait)
+            storage.FIRST_WAIT = 0.02
+            begun = time.monotonic()
+            with self.account.counting() as calls:
+                with self.assertRaises(DropboxStorageException) as caught:
+                    storage.exists("a")
+            if max_wait != 0.05:
+                self.assertEqual(calls["files/get_metadata"], attempts)
+            self.assertLess(time.monotonic() - begun, 0.3 if max_wait == 0.05 else 2)
+            self.assertNotIn("1 attempts", str(caught.exception))
+            self.assertNotIn("asks", str(caught.exception))
+        self.account.faults.clear()
+        self.account.fail("files/get_metadata", "429", value=1)
+        storage = self.account.storage(max_wait=0.5)
+        with self.assertRaisesRegex(
+            DropboxStorageException, r"\(Dropbox asks to wait 1 s, max_wait is 0.5\)"
+        ):
+            storage.exists("a")
+
+    def test_an_expired_token_is_no_wait(self):
+        storage = self.account.storage(
+            **{"oauth2_access_token": None}, **REFRESHING, max_wait=0
+        )
+        storage.exists("a")
+        self.account.expire_tokens()
+        self.assertFalse(storage.exists("a"))
+
+    def test_the_pauses_grow_and_are_random(self):
+        pauses = []
+        storage = self.account.connect(DropboxStorage("valid-token"))
+        self.account.fail("files/get_metadata", "503", times=999)
+        with unittest.mock.patch.object(time, "sleep", pauses.append):
+            for _ in range(20):
+                with self.assertRaises(DropboxStorageException):
+                    storage.exists("a")
+        for attempt, most in enumerate((0.5, 1, 2, 4, 8)):
+            found = pauses[attempt::5]
+            self.assertEqual(len({*found}), 20)
+            self.assertTrue(all(most / 2 <= pause <= most for pause in found), found)
+
+    def test_attempts_are_counted_in_words(self):
+        self.account.fail("files/get_metadata", "503", times=999)
+        for attempts, words in ((1, "1 attempt,"), (2, "2 attempts,")):
+            self.storage.MAX_ATTEMPTS = attempts
+            with self.assertRaisesRegex(DropboxStorageException, words):
+                self.storage.exists("a")
+
+
+class TokenTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.storage = self.account.storage(oauth2_access_token=None, **REFRESHING)
+
+    def test_threads_refresh_once(self):
+        for _ in range(2):
+            with self.account.counting() as calls, ThreadPoolExecutor(8) as pool:
+                for saved in pool.map(self.save, map(str, range(8))):
+                    self.assertTrue(saved)
+            self.assertEqual(calls["oauth2/token"], 1)
+            self.account.expire_tokens()
+
+    def test_a_token_that_expires_in_the_middle_is_refreshed_once(self):
+        self.account.fail(
+            "files/upload_session/append_v2", "expired_token", nth=2, times=2
+        )
+        data = random.Random(5).randbytes(30 * MiB)
+        self.save("a", data)
+        self.assertTrue(self.account.files()["/a"] == data)
+        self.account.expire_tokens()
+        with self.account.counting() as calls, self.storage.open("a") as file:
+            self.assertTrue(file.read() == data)
+        self.assertEqual(calls["oauth2/token"], 1)
+
+    def test_faults_of_the_token_endpoint_are_survived(self):
+        for fault in ("500", "503", "429", "429_text", "reset", "stall", "tls", "html"):
+            with self.subTest(fault):
+                storage = copy.deepcopy(self.storage)
+                self.account.connect(storage)
+                self.account.fail("oauth2/token", fault, times=3)
+                self.assertFalse(storage.exists("a"))
+                self.account.faults.clear()
+
+    def test_a_token_that_expires_while_none_can_be_had(self):
+        self.storage.exists("a")
+        self.account.expire_tokens()
+        self.account.fail("oauth2/token", "503", times=3)
+        with self.account.counting() as calls:
+            self.assertFalse(self.storage.exists("a"))
+        self.assertEqual(calls, {"files/get_metadata": 2, "oauth2/token": 4})
+
+    def test_a_token_that_hardly_lives_is_refreshed_once_a_call(self):
+        self.account.expires_in = 60
+        for _ in range(2):
+            with self.account.counting() as calls:
+                self.storage.exists("a")
+            self.assertEqual(calls["oauth2/token"], 1)
+
+    def test_what_cannot_be_refreshed_says_why(self):
+        for options, reason in {
+            (
+                "oauth2_refresh_token",
+                "revoked",
+            ): "invalid_access_token (oauth2_refresh_token is wrong, revoked or of another app)",
+            ("app_secret", "wrong"): "invalid_client",
+        }.items():
+            storage = DropboxStorage(**{**REFRESHING, **dict([options])})
+            with self.assertRaisesRegex(DropboxStorageException, re.escape(reason)):
+                self.account.connect(storage).exists("a")
+
+    def test_a_short_lived_token_warns_once_and_its_expiry_is_explained(self):
+        self.account.tokens.add("sl.short")
+        advice = "'sl.' tokens live four hours; set oauth2_refresh_token"
+        storage = DropboxStorage("sl.short")
+        with self.assertLogs("dropbox_storage", "WARNING") as logs:
+            self.account.connect(storage)
+            storage.exists("a")
+            storage.exists("a")
+        output = [f"WARNING:dropbox_storage:oauth2_access_token: {advice}."]
+        self.assertEqual(logs.output, output)
+        self.account.expire_tokens()
+        with self.raises(
+            DropboxStorageException,
+            f"files/get_metadata of '/a' failed: expired_access_token ({advice}).",
+        ):
+            storage.exists("a")
+
+    def test_an_own_clients_token_is_refreshed_by_the_same_policy(self):
+        """The SDK would repeat each attempt up to four times, with pauses of its own."""
+        self.storage.client = FakeDropbox(self.account)
+        self.storage.client._oauth2_refresh_token = "valid-refresh-token"
+        self.storage.client._app_key = "app-key"
+        self.storage.client._app_secret = "app-secret"
+        self.account.fail("oauth2/token", "503", times=99)
+        with self.account.counting() as calls:
+            with self.assertRaisesRegex(DropboxStorageException, "6 attempts"):
+                self.storage.exists("a")
+        self.assertEqual(calls, {"oauth2/token": 6})
+        self.account.faults.clear()
+        with self.account.counting() as calls:
+            for _ in range(3):
+                self.assertFalse(self.storage.exists("a"))
+        self.assertEqual(calls["oauth2/token"], 1)
+
+
+class FaultTests(StorageTestCase):
+    """One operation, one fault: at each of its routes, first and later, once and more."""
+
+    def run_one(self, operation, *faults):
+        """The account afterwards, the result or the exception, and the calls."""
+        options, act = OPERATIONS[operation]
+        cache.clear()
+        account = FakeAccount(page_size=2)
+        account.put("/a", b"old")
+        account.put("/huge", HUGE)
+        for i in range(5):
+            account.put(f"/dir/{i}")
+        for entry in account.entries.values():
+            entry.modified = "2024-07-01T12:00:00Z"
+        storage = account.storage(
+            **REFRESHING, **{"oauth2_access_token": None}, **options
+        )
+        for fault in faults:
+            account.fail(*fault)
+        try:
+            result = act(storage)
+        except Exception as error:
+            result = error
+        return account, result, account.calls
+
+    def same(self, operation, account, expected):
+        files, kept = account.files(), expected.files()
+        if operation == "save a taken name":  # the other name is another one each time
+            files, kept = sorted(files.values()), sorted(kept.values())
+        self.assertTrue(files == kept, f"{[*account.files()]}")
+
+    def cells(self, operation):
+        account, result, clean = self.run_one(operation)
+        self.assertNotIsInstance(result, Exception)
+        for route, count in clean.items():
+            for nth in (1, count)[:count]:
+                yield account, result, clean, route, nth
+
+    def test_what_passes_is_survived(self):
+        for operation in OPERATIONS:
+            for expected, result, clean, route, nth in self.cells(operation):
+                faults = [*TRANSIENT, BUSY.get(route)]
+                if route.startswith("files/upload"):
+                    faults.append("corrupt")
+                if route == "files/download":
+                    faults += ["truncate", "short"]
+                for fault, times in itertools.product(filter(None, faults), (1, 3)):
+                    with self.subTest(f"{operation}: {route} {nth} {fault} x {times}"):
+                        fails = (route, fault, nth, times)
+                        account, found, calls = self.run_one(operation, fails)
+                        if isinstance(found, Exception):
+                            raise found
+                        self.assertEqual(found, result)
+                        self.same(operation, account, expected)
+                        left = len(account.sessions) - len(expected.sessions)
+                        self.assertLessEqual(left, times)
+                        more = sum(calls.values()) - sum(clean.values())
+                        self.assertLessEqual(more, 2 * times + 1)
+
+    def test_what_does_not_pass_is_reported_at_once(self):
+        for operation in OPERATIONS:
+            for _, _, clean, route, nth in self.cells(operation):
+                for fault in (*PERMANENT, *REFUSALS.get(route, ())):
+                    if route == "oauth2/token" and fault == "/brand_new":
+                        continue  # no route of the API, with no errors of its own
+                    with self.subTest(f"{operation}: {route} {nth} {fault}"):
+                        account, found, calls = self.run_one(
+                            operation, (route, fault, nth, 999)
+                        )
+                        self.assertIsInstance(found, DropboxStorageException)
+                        self.assertNotIn("attempts", str(found))
+                        self.assertLessEqual(calls[route], clean[route] + 1)
+                        self.assertEqual(account.files()["/a"], b"old")
+                        self.assertNotIn("/new", account.files())
+
+    def test_what_lasts_is_reported_with_nothing_lost(self):
+        for operation in OPERATIONS:
+            for _, _, _, route, nth in self.cells(operation):
+                for fault in ("503", "429", "reset", "stall"):
+                    with self.subTest(f"{operation}: {route} {nth} {fault}"):
+                        account, found, calls = self.run_one(
+                            operation, (route, fault, nth, 999)
+                        )
+                        self.assertIsInstance(found, DropboxStorageException)
+                        self.assertIn("6 attempts", str(found))
+                        self.assertEqual(account.files()["/a"], b"old")
+                        self.assertNotIn("/new", account.files())
+
+    def test_wrong_bytes_are_never_taken_for_the_file(self):
+        for operation in ("read", "read huge"):
+            for _, _, _, route, nth in self.cells(operation):
+                if route == "files/download":
+                    found = self.run_one(operation, (route, "corrupt", nth))[1]
+                    self.assertIsInstance(found, DropboxStorageException)
+                    self.assertEqual(found.reason, "content_hash_mismatch")
+
+    def test_a_commit_whose_answer_does_not_fit_is_found(self):
+        for operation, route in (
+            ("save", "files/upload"),
+            ("save large", "files/upload_session/finish"),
+        ):
+            expected = self.run_one(operation)[0]
+            account, found, calls = self.run_one(operation, (route, "misfit_after"))
+            self.assertEqual(found, "new")
+            self.same(operation, account, expected)
+            self.assertEqual(calls[route], 1)
+
+    def test_a_lost_commit_that_failed_is_not_taken_for_done(self):
+        """The answer is lost, and then someone else's file is what is found."""
+        for size in (5, len(LARGE)):
+            account = FakeAccount()
+            storage = account.storage(write_mode="update")
+            account.put("/a", b"old")
+            account.fail("files/upload", "reset")
+            account.fail("files/upload_session/finish", "reset")
+            content = Unsized(LARGE[:size])
+            once = content.chunks
+
+            def chunks(once=once, account=account):
+                yield from once()
+                account.put("/a", b"theirs")
+
+            content.chunks = chunks
+            with self.assertRaises(DropboxStorageException):
+                storage.save("a", content)
+            self.assertEqual(account.files(), {"/a": b"theirs"})
+
+    def test_no_thread_is_left_behind(self):
+        threads = threading.active_count()
+        for operation in ("save large", "read huge"):
+            for _, _, _, route, nth in self.cells(operation):
+                for fault in ("missing_scope", "503"):
+                    self.run_one(operation, (route, fault, nth, 999))
+        self.ends_with_threads(threads)
+
+    def test_what_is_not_dropboxs_passes_through_at_once(self):
+        """As the time limits of task queues, which a signal raises: plain Exceptions."""
+
+        class TimeLimit(Exception):
+            pass
+
+        def interrupt(error):
+            raise error
+
+        for operation in OPERATIONS:
+            for _, _, clean, route, nth in self.cells(operation):
+                for error in (TimeLimit("of the queue"), TypeError("a bug")):
+                    with self.subTest(f"{operation}: {route} {nth} {error}"):
+                        fault = (route, functools.partial(interrupt, error), nth, 999)
+                        account, found, calls = self.run_one(operation, fault)
+                        self.assertIs(found, error)
+                        self.assertLessEqual(calls[route], clean[route])
+                        self.assertEqual(account.files()["/a"], b"old")
+
+
+# DropboxFile
 
 
 class FileTests(StorageTestCase):
@@ -1830,1412 +3335,7 @@ class FileTests(StorageTestCase):
             self.assertEqual(calls, {"files/download": 1})
 
 
-class LookingTests(StorageTestCase):
-    def setUp(self):
-        super().setUp()
-        self.account.put("/a.txt", b"12345")
-        self.account.put("/dir/Sub/b.txt", b"x")
-
-    def test_exists(self):
-        for name, there in {
-            "a.txt": True,
-            "A.TXT": True,
-            "dir": True,
-            "dir/sub/b.txt": True,
-            "": True,
-            ".": True,
-            "b.txt": False,
-            "dir/b.txt": False,
-            "a.txt/b": False,
-        }.items():
-            self.assertIs(self.storage.exists(name), there, name)
-
-    def test_exists_raises_when_it_cannot_know(self):
-        for fault in ("invalid_token", "bad_input", "/path/restricted_content"):
-            self.account.fail("files/get_metadata", fault)
-            with self.assertRaises(DropboxStorageException):
-                self.storage.exists("a.txt")
-            self.account.faults.clear()
-
-    def test_listdir(self):
-        for path in ("", ".", "/", pathlib.Path("")):
-            self.assertEqual(self.storage.listdir(path), (["dir"], ["a.txt"]))
-        self.assertEqual(self.storage.listdir("dir"), (["Sub"], []))
-        self.assertEqual(self.storage.listdir("DIR/sub/"), ([], ["b.txt"]))
-        with self.assertRaises(FileNotFoundError):
-            self.storage.listdir("missing")
-        with self.assertRaises(NotADirectoryError):
-            self.storage.listdir("a.txt")
-
-    def test_listdir_follows_every_page(self):
-        self.account.page_size = 3
-        for i in range(10):
-            self.account.put(f"/many/{i}")
-        names = [str(i) for i in range(10)]
-        with self.account.counting() as calls:
-            self.assertEqual(self.storage.listdir("many"), ([], names))
-        paged = {"files/list_folder": 1, "files/list_folder/continue": 3}
-        self.assertEqual(calls, paged)
-        self.account.fail("files/list_folder/continue", "/reset", nth=2)
-        self.assertEqual(self.storage.listdir("many"), ([], names))
-        self.account.fail("files/list_folder/continue", "/reset", times=999)
-        with self.assertRaises(DropboxStorageException):
-            self.storage.listdir("many")
-
-    def test_a_listing_that_expires_begins_again(self):
-        self.account.page_size = 3
-        for i in range(10):
-            self.account.put(f"/many/{i}")
-        self.account.fail("files/list_folder/continue", "/reset", nth=3)
-        names = [str(i) for i in range(10)]
-        self.assertEqual(self.storage.listdir("many"), ([], names))
-        self.account.fail("files/list_folder/continue", "/reset", times=99)
-        with self.account.counting() as calls:
-            with self.assertRaises(DropboxStorageException) as caught:
-                self.storage.listdir("many")
-        self.assertEqual(caught.exception.reason, "reset")
-        self.assertEqual(calls["files/list_folder"], self.storage.MAX_ATTEMPTS)
-
-    def test_a_root_that_does_not_exist_yet_is_empty(self):
-        storage = self.account.storage(root_path="/new")
-        self.assertEqual(storage.listdir(""), ([], []))
-        self.assertEqual(FakeAccount().storage().listdir(""), ([], []))
-        self.assertFalse(storage.exists("a.txt"))
-        self.save("a.txt", b"x", storage)
-        self.assertEqual(storage.listdir(""), ([], ["a.txt"]))
-
-    def test_size_and_time_are_those_of_files(self):
-        self.assertEqual(self.storage.size("a.txt"), 5)
-        for look in (self.storage.size, self.storage.get_modified_time):
-            with self.assertRaises(FileNotFoundError):
-                look("missing")
-            with self.assertRaises(IsADirectoryError):
-                look("dir")
-            with self.assertRaises(IsADirectoryError):
-                look("")
-
-    def test_modified_time_is_aware_if_use_tz(self):
-        self.account.entries["/a.txt"].modified = "2024-07-01T12:00:00Z"
-        aware = self.storage.get_modified_time("a.txt")
-        utc = datetime.timezone.utc
-        self.assertEqual(aware, datetime.datetime(2024, 7, 1, 12, tzinfo=utc))
-        self.assertEqual(aware.utcoffset(), datetime.timedelta())
-        with override_settings(USE_TZ=False):
-            naive = self.storage.get_modified_time("a.txt")
-        self.assertIsNone(naive.tzinfo)
-        self.assertEqual(naive.timestamp(), aware.timestamp())
-
-    def test_what_dropbox_does_not_know_is_not_implemented(self):
-        for method in ("path", "get_accessed_time", "get_created_time"):
-            with self.assertRaises(NotImplementedError):
-                getattr(self.storage, method)("a.txt")
-
-    def test_delete(self):
-        self.storage.delete("A.txt")
-        self.storage.delete("a.txt")
-        self.assertEqual(self.account.files(), {"/dir/Sub/b.txt": b"x"})
-        self.storage.delete("dir")
-        self.assertEqual(self.account.entries, {})
-        for name in ("", None):
-            with self.raises(ValueError, "The name must be given to delete()."):
-                self.storage.delete(name)
-
-    def test_each_look_is_one_call(self):
-        for look, route in (
-            (lambda: self.storage.exists("a.txt"), "files/get_metadata"),
-            (lambda: self.storage.size("a.txt"), "files/get_metadata"),
-            (lambda: self.storage.get_modified_time("a.txt"), "files/get_metadata"),
-            (lambda: self.storage.listdir("dir"), "files/list_folder"),
-            (lambda: self.storage.url("a.txt"), "files/get_temporary_link"),
-            (lambda: self.storage.delete("a.txt"), "files/delete_v2"),
-        ):
-            with self.account.counting() as calls:
-                look()
-            self.assertEqual(calls, {route: 1})
-
-    def test_a_listing_that_changes_between_its_pages(self):
-        """Later pages report what is gone, with all below it, and what is new again."""
-
-        class Changing(FakeAccount):
-            def files_list_folder_continue(self, argument, body):
-                if "/many/9" not in self.files():
-                    self.put("/many/1", b"longer")
-                    self.put("/many/9")
-                    for path in ("/many/0", "/many/5", "/many/SUB"):
-                        self.files_delete_v2({"path": path}, b"")
-                    self.put("/many/5", b"again")
-                return super().files_list_folder_continue(argument, body)
-
-        for preload in (False, True):
-            self.account = Changing(page_size=3)
-            for i in range(6):
-                self.account.put(f"/many/{i}")
-                self.account.put(f"/many/Sub/deep/{i}")
-            storage = self.account.storage(preload_metadata=preload)
-            folders, files = storage.listdir("many")
-            self.assertEqual(sorted(files), ["1", "2", "3", "4", "5", "9"])
-            self.assertEqual(folders, [])
-            if preload:
-                self.assertEqual(storage.size("many/1"), 6)
-                self.assertFalse(storage.exists("many/sub/deep/1"))
-                self.assertFalse(storage.exists("many/Sub"))
-
-    def test_an_alternative_of_a_name_with_a_long_extension_fits(self):
-        for name in (f"x.{'y' * 253}", f"x.{'y' * 248}.jpeg", f".{'y' * 254}"):
-            self.save(name, b"1")
-            saved = self.save(name, b"2")
-            self.assertNotEqual(saved, name)
-            self.assertLessEqual(len(saved), 255)
-            self.assertEqual(saved.endswith(name[-5:]), name[0] == "x")
-            self.assertTrue(saved.startswith(name[0]))
-
-
-REFRESHING = {
-    "oauth2_refresh_token": "valid-refresh-token",
-    "app_key": "app-key",
-    "app_secret": "app-secret",
-}
-
-
-class CallableStorage(DropboxStorage):
-    root_path = "/callable"
-
-
-def get_storage():
-    return CallableStorage()
-
-
-class ConfigurationTests(StorageTestCase):
-    backend = f"{module.__name__}.DropboxStorage"
-
-    @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
-    def test_storages_setting(self):
-        options = {"oauth2_access_token": "valid-token", "root_path": "/remote"}
-        remote = {"BACKEND": self.backend, "OPTIONS": options}
-        with override_settings(STORAGES={**settings.STORAGES, "remote": remote}):
-            storage = self.account.connect(django_storage.storages["remote"])
-            self.save("a.txt", b"x", storage)
-        self.assertEqual(self.account.files(), {"/remote/a.txt": b"x"})
-
-    def test_settings_alone_suffice(self):
-        """As for DEFAULT_FILE_STORAGE, which builds the storage without arguments."""
-        with override_settings(
-            DROPBOX_OAUTH2_TOKEN="valid-token", DROPBOX_ROOT_PATH="/set"
-        ):
-            storage = self.account.connect(import_string(self.backend)())
-            self.save("a.txt", b"x", storage)
-        self.assertEqual(self.account.files(), {"/set/a.txt": b"x"})
-
-    def test_class_attributes_of_a_subclass_suffice(self):
-        attributes = {"oauth2_access_token": "valid-token", "root_path": "/sub"}
-        storage = type("Media", (DropboxStorage,), attributes)()
-        self.save("a.txt", b"x", self.account.connect(storage))
-        self.assertEqual(self.account.files(), {"/sub/a.txt": b"x"})
-
-    def test_bad_class_attributes_are_refused(self):
-        with self.assertRaisesRegex(ImproperlyConfigured, "found 'media'"):
-            type("Media", (DropboxStorage,), {"root_path": "media"})()
-
-    def test_namespace(self):
-        storage = self.account.storage(namespace_id="42", root_path="/r")
-        self.save("a.txt", b"x", storage)
-        self.assertEqual(self.account.files(), {"/team/r/a.txt": b"x"})
-        self.assertEqual(storage.open("a.txt").read(), b"x")
-        with self.assertRaisesRegex(DropboxStorageException, "namespace_id"):
-            self.account.storage(namespace_id="7").exists("a.txt")
-
-    def test_team_member(self):
-        storage = self.account.storage(team_member_id="dbmid:1")
-        storage.exists("a.txt")
-        self.assertEqual(
-            self.account.last_headers["Dropbox-API-Select-User"], "dbmid:1"
-        )
-        self.storage.exists("a.txt")
-        self.assertNotIn("Dropbox-API-Select-User", self.account.last_headers)
-
-    def test_timeout_holds_for_every_request(self):
-        storage = self.account.storage(timeout=7, **REFRESHING)
-        self.save("big", bytes(9 * MiB), storage)
-        storage.open("big").read()
-        storage.listdir("")
-        storage.delete(storage.save("a.txt", ContentFile(b"")))
-        self.assertIn("oauth2/token", self.account.calls)
-        self.assertEqual(self.account.timeouts, {7})
-
-    def test_a_changed_option_makes_a_new_client(self):
-        storage = DropboxStorage()
-        with override_settings(DROPBOX_OAUTH2_TOKEN="one"):
-            first = storage.client
-            self.assertIs(storage.client, first)
-        with override_settings(DROPBOX_OAUTH2_TOKEN="two"):
-            self.assertIsNot(storage.client, first)
-
-    def test_an_assigned_client_is_used_with_its_own_credentials(self):
-        storage = DropboxStorage()
-        storage.client = FakeDropbox(self.account)
-        self.save("a.txt", b"x", storage)
-        self.assertEqual(self.account.files(), {"/a.txt": b"x"})
-
-    def test_an_assigned_client_does_not_repeat_calls_by_itself(self):
-        self.storage.client = FakeDropbox(self.account)
-        for fault in ("503", "429"):
-            self.account.fail("files/get_metadata", fault, times=99)
-            with self.account.counting() as calls:
-                with self.assertRaises(DropboxStorageException):
-                    self.storage.exists("a")
-            self.assertEqual(calls["files/get_metadata"], self.storage.MAX_ATTEMPTS)
-            self.account.faults.clear()
-
-    def test_copies_and_pickles_build_their_own_client(self):
-        storage = self.account.storage(root_path="/r")
-        for copied in (copy.deepcopy(storage), pickle.loads(pickle.dumps(storage))):
-            self.assertEqual(copied.deconstruct(), storage.deconstruct())
-            self.assertIsNot(copied.client, storage.client)
-            name = self.save("a.txt", b"x", self.account.connect(copied))
-            self.assertIn(f"/r/{name}", self.account.files())
-
-    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
-    def test_a_forked_process_builds_its_own_client(self):
-        self.storage.exists("a.txt")
-        parent = id(self.storage.client)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
-            child = os.fork()
-        if not child:
-            status = 1
-            with contextlib.suppress(BaseException):
-                self.account.connect(self.storage).exists("a.txt")
-                status = int(id(self.storage.client) == parent)
-            os._exit(status)
-        self.assertEqual(os.waitpid(child, 0)[1], 0)
-        self.assertEqual(id(self.storage.client), parent)
-
-    def test_the_sdk_is_not_imported_with_the_module(self):
-        code = (
-            "from django.conf import settings; settings.configure(); import sys\n"
-            f"from {module.__name__} import DropboxStorage; DropboxStorage('token')\n"
-            "assert 'dropbox' not in sys.modules and 'requests' not in sys.modules\n"
-        )
-        folder = (
-            pathlib.Path(module.__file__).resolve().parents[module.__name__.count(".")]
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=folder, check=False)
-        self.assertEqual(done.returncode, 0)
-
-    def test_of_two_tokens_the_nearer_one_is_used(self):
-        refreshing = {
-            "DROPBOX_OAUTH2_REFRESH_TOKEN": "valid-refresh-token",
-            "DROPBOX_APP_KEY": "app-key",
-            "DROPBOX_APP_SECRET": "app-secret",
-        }
-
-        def token(storage):
-            self.account.connect(storage).exists("a")
-            authorization = self.account.last_headers["Authorization"]
-            return authorization.replace("Bearer ", "")[:5]
-
-        near = type("Near", (DropboxStorage,), {"oauth2_access_token": "valid-token"})
-        nearest = type("Nearest", (near,), REFRESHING)
-        with override_settings(**refreshing, DROPBOX_OAUTH2_TOKEN="other"):
-            self.assertEqual(token(DropboxStorage()), "sl.fr")
-            self.assertEqual(token(DropboxStorage("valid-token")), "valid")
-            self.assertEqual(token(near()), "valid")
-        self.assertEqual(token(nearest()), "sl.fr")
-        self.assertEqual(token(nearest("valid-token")), "valid")
-        self.assertEqual(token(near(**REFRESHING)), "sl.fr")
-        self.assertEqual(token(DropboxStorage("expired", **REFRESHING)), "sl.fr")
-
-    def test_a_property_of_a_subclass_is_asked_when_it_is_used(self):
-        class Tenants(DropboxStorage):
-            tenant = None
-
-            @property
-            def root_path(self):
-                return f"/tenants//{self.tenant.lower()}/"
-
-            @property
-            def oauth2_access_token(self):
-                return f"{self.tenant}-token"
-
-        storage = Tenants()
-        for tenant in ("one", "e\u0301"):
-            storage.tenant = tenant
-            self.account.tokens = {f"{tenant}-token"}
-            if tenant == "one":
-                self.save("a.txt", b"x", self.account.connect(storage))
-        self.assertEqual(self.account.files(), {"/tenants/one/a.txt": b"x"})
-        with self.assertRaisesRegex(ImproperlyConfigured, "oauth2_access_token"):
-            storage.exists("a.txt")
-        storage.tenant = None
-        self.assertEqual(storage._constructor_args, ((), {}))
-
-    def test_a_forked_process_does_not_share_an_assigned_clients_connections(self):
-        self.storage.client = client = FakeDropbox(self.account)
-        closed = []
-        self.account.close = lambda: closed.append(os.getpid())
-        self.storage.exists("a.txt")
-        closed.clear()
-        self.storage.exists("a.txt")
-        self.assertEqual(closed, [])
-        with unittest.mock.patch.object(os, "getpid", lambda: 1):  # as in a child
-            self.storage.exists("a.txt")
-            self.storage.exists("a.txt")
-        self.assertEqual(closed, [1])
-        self.assertIs(self.storage.client, client)
-
-
-class TokenTests(StorageTestCase):
-    def setUp(self):
-        super().setUp()
-        self.storage = self.account.storage(oauth2_access_token=None, **REFRESHING)
-
-    def test_threads_refresh_once(self):
-        for _ in range(2):
-            with self.account.counting() as calls, ThreadPoolExecutor(8) as pool:
-                for saved in pool.map(self.save, map(str, range(8))):
-                    self.assertTrue(saved)
-            self.assertEqual(calls["oauth2/token"], 1)
-            self.account.expire_tokens()
-
-    def test_a_token_that_expires_in_the_middle_is_refreshed_once(self):
-        self.account.fail(
-            "files/upload_session/append_v2", "expired_token", nth=2, times=2
-        )
-        data = random.Random(5).randbytes(30 * MiB)
-        self.save("a", data)
-        self.assertTrue(self.account.files()["/a"] == data)
-        self.account.expire_tokens()
-        with self.account.counting() as calls, self.storage.open("a") as file:
-            self.assertTrue(file.read() == data)
-        self.assertEqual(calls["oauth2/token"], 1)
-
-    def test_faults_of_the_token_endpoint_are_survived(self):
-        for fault in ("500", "503", "429", "429_text", "reset", "stall", "tls", "html"):
-            with self.subTest(fault):
-                storage = copy.deepcopy(self.storage)
-                self.account.connect(storage)
-                self.account.fail("oauth2/token", fault, times=3)
-                self.assertFalse(storage.exists("a"))
-                self.account.faults.clear()
-
-    def test_a_token_that_expires_while_none_can_be_had(self):
-        self.storage.exists("a")
-        self.account.expire_tokens()
-        self.account.fail("oauth2/token", "503", times=3)
-        with self.account.counting() as calls:
-            self.assertFalse(self.storage.exists("a"))
-        self.assertEqual(calls, {"files/get_metadata": 2, "oauth2/token": 4})
-
-    def test_a_token_that_hardly_lives_is_refreshed_once_a_call(self):
-        self.account.expires_in = 60
-        for _ in range(2):
-            with self.account.counting() as calls:
-                self.storage.exists("a")
-            self.assertEqual(calls["oauth2/token"], 1)
-
-    def test_what_cannot_be_refreshed_says_why(self):
-        for options, reason in {
-            (
-                "oauth2_refresh_token",
-                "revoked",
-            ): "invalid_access_token (oauth2_refresh_token is wrong, revoked or of another app)",
-            ("app_secret", "wrong"): "invalid_client",
-        }.items():
-            storage = DropboxStorage(**{**REFRESHING, **dict([options])})
-            with self.assertRaisesRegex(DropboxStorageException, re.escape(reason)):
-                self.account.connect(storage).exists("a")
-
-    def test_a_short_lived_token_warns_once_and_its_expiry_is_explained(self):
-        self.account.tokens.add("sl.short")
-        advice = "'sl.' tokens live four hours; set oauth2_refresh_token"
-        storage = DropboxStorage("sl.short")
-        with self.assertLogs("dropbox_storage", "WARNING") as logs:
-            self.account.connect(storage)
-            storage.exists("a")
-            storage.exists("a")
-        output = [f"WARNING:dropbox_storage:oauth2_access_token: {advice}."]
-        self.assertEqual(logs.output, output)
-        self.account.expire_tokens()
-        with self.raises(
-            DropboxStorageException,
-            f"files/get_metadata of '/a' failed: expired_access_token ({advice}).",
-        ):
-            storage.exists("a")
-
-    def test_an_own_clients_token_is_refreshed_by_the_same_policy(self):
-        """The SDK would repeat each attempt up to four times, with pauses of its own."""
-        self.storage.client = FakeDropbox(self.account)
-        self.storage.client._oauth2_refresh_token = "valid-refresh-token"
-        self.storage.client._app_key = "app-key"
-        self.storage.client._app_secret = "app-secret"
-        self.account.fail("oauth2/token", "503", times=99)
-        with self.account.counting() as calls:
-            with self.assertRaisesRegex(DropboxStorageException, "6 attempts"):
-                self.storage.exists("a")
-        self.assertEqual(calls, {"oauth2/token": 6})
-        self.account.faults.clear()
-        with self.account.counting() as calls:
-            for _ in range(3):
-                self.assertFalse(self.storage.exists("a"))
-        self.assertEqual(calls["oauth2/token"], 1)
-
-
-class SecretTests(StorageTestCase):
-    secrets = {
-        "oauth2_access_token": "sl.hidden-access",
-        "oauth2_refresh_token": "hidden-refresh",
-        "app_key": "hidden-key",
-        "app_secret": "hidden-secret",
-    }
-
-    def migration(self, storage):
-        field = models.FileField(storage=storage)
-        return MigrationWriter.serialize(field)[0]
-
-    def test_a_migration_holds_no_secret_and_can_be_imported_without_any(self):
-        token = self.secrets["oauth2_access_token"]
-        keywords = {k: v for k, v in self.secrets.items() if k != "oauth2_access_token"}
-        for storage in (
-            DropboxStorage(**self.secrets, root_path="/r"),
-            DropboxStorage(token, **keywords, root_path="/r"),
-        ):
-            written = self.migration(storage)
-            self.assertNotIn("hidden", written)
-            path, args, kwargs = storage.deconstruct()
-            self.assertEqual((args, kwargs), ((), {"root_path": "/r"}))
-            self.assertEqual(path, f"{module.__name__}.DropboxStorage")
-            imported = import_string(path)(*args, **kwargs)
-            self.assertEqual(imported.deconstruct(), storage.deconstruct())
-
-    def test_subclasses_with_arguments_of_their_own(self):
-        class Media(DropboxStorage):
-            def __init__(self, secret, folder="/x"):
-                super().__init__(secret, root_path=folder)
-
-        args, kwargs = Media("hidden-token", folder="/y")._constructor_args
-        self.assertEqual((args, kwargs), ((), {"folder": "/y"}))
-
-    def test_a_callable_storage_stays_a_path(self):
-        written = self.migration(get_storage)
-        self.assertIn(f"{__name__}.get_storage", written)
-
-    def test_a_storage_is_neither_false_nor_callable(self):
-        self.assertTrue(DropboxStorage())
-        self.assertFalse(callable(DropboxStorage()))
-        self.assertNotEqual(DropboxStorage(), "storage")
-
-    def test_no_repr_and_no_log_shows_a_secret(self):
-        with self.assertLogs(level="DEBUG") as logs:
-            storage = self.account.connect(DropboxStorage(**self.secrets))
-            storage.FIRST_WAIT = 0.001
-            self.account.refresh_tokens = {
-                "hidden-refresh": ("hidden-key", "hidden-secret")
-            }
-            self.account.tokens.add("sl.hidden-access")
-            self.save("a", b"x", storage)
-            self.account.fail("*", "503", times=3)
-            self.assertIn("/a", self.account.files())
-            shown = [repr(storage), str(storage), repr(storage.open("a"))]
-            logging.getLogger().debug("at least one")
-        self.assertNotIn("hidden", "".join([*shown, *logs.output]))
-
-    def test_no_error_shows_a_secret_that_dropbox_repeats(self):
-        for token in ("hidden-access", '"hidden-access"', r"hidden\access"):
-            storage = DropboxStorage()
-            storage.client = client = FakeDropbox(self.account)
-            client._oauth2_access_token = token
-            text = f'Invalid value in HTTP header "Authorization": "Bearer {token}"'
-            for answer in (text, json.dumps({"error": text})):
-                self.account.refused = Refused(400, answer)
-                with self.assertRaises(DropboxStorageException) as caught:
-                    storage.exists("a")
-                error = caught.exception
-                shown = "".join(traceback.format_exception(None, error, None))
-                self.assertIn("BadInputError", shown)
-                self.assertNotIn("hidden", shown)
-                self.assertNotIn("hidden", repr(vars(error.__cause__)))
-
-    def debug_page(self, act):
-        """An error and what Django's debug page, and its mail to ADMINS, show of it.
-
-        That is what the frames of the error and its causes hold, but for those of the
-        tests.
-        """
-        try:
-            act()
-        except Exception as error:
-            with override_settings(DEBUG=True):
-                report = ExceptionReporter(
-                    None, type(error), error, error.__traceback__
-                )
-                frames = report.get_traceback_frames()
-            shown = [
-                repr(frame.get("vars"))
-                for frame in frames
-                if frame.get("filename") != __file__
-            ]
-            self.assertTrue(shown)
-            return error, f"{error!r} {error.__cause__!r} {shown}"
-        self.fail("no error")
-
-    def test_no_debug_page_shows_a_secret(self):
-        """Of any operation under any kind of failure: its frames are shown with all they hold."""
-        secrets = {name: f"{os.urandom(9).hex()}-{name}" for name in REFRESHING}
-        values = [*secrets.values()]
-
-        class TimeLimit(Exception):
-            pass
-
-        def limit():
-            raise TimeLimit
-
-        kinds = ("503", "429", "reset", "garbage", "missing_scope", "bad_input", limit)
-        # It takes long to show what is large: one such operation will do.
-        operations = [name for name in OPERATIONS if name not in LARGE_OPERATIONS]
-        for operation, fault in itertools.product(operations, kinds):
-            options, act = OPERATIONS[operation]
-            account = FakeAccount()
-            account.put("/a", b"old")
-            account.put("/huge", HUGE)
-            account.put("/dir/0")
-            account.refresh_tokens = {values[0]: tuple(values[1:])}
-            storage = account.storage(oauth2_access_token=None, **secrets, **options)
-            clean = account.storage(oauth2_access_token=None, **secrets, **options)
-            cache.clear()
-            with account.counting() as calls:
-                act(clean)
-            account.entries.pop("/new", None)
-            for route in calls:
-                cache.clear()
-                account.put("/a", b"old")
-                account.put("/dir/0")
-                account.faults.clear()
-                account.fail(route, fault, times=999)
-                with self.subTest(f"{operation}: {route} {fault}"):
-                    error, page = self.debug_page(lambda: act(storage))
-                    self.assertIsInstance(error, (DropboxStorageException, TimeLimit))
-                    for secret in (*values, *account.tokens):
-                        self.assertFalse(secret in page)
-
-    def test_no_debug_page_shows_a_secret_that_cannot_be_used(self):
-        secret = os.urandom(9).hex()
-        for options in (
-            {"oauth2_access_token": secret, "root_path": "relative"},
-            {"oauth2_access_token": secret, "unknown": 1},
-            {"oauth2_access_token": f"{secret} "},
-            {"oauth2_refresh_token": secret, "app_key": secret},
-            {"app_secret": secret, "timeout": 0},
-        ):
-            error, page = self.debug_page(lambda: DropboxStorage(**options))
-            self.assertIsInstance(error, ImproperlyConfigured)
-            self.assertFalse(secret in page, options)
-
-    def test_no_debug_page_shows_a_secret_where_the_sdk_is_missing(self):
-        secret = os.urandom(9).hex()
-        storage = DropboxStorage(secret)
-        with unittest.mock.patch.dict(sys.modules, {"dropbox": None}):
-            error, page = self.debug_page(lambda: storage.exists("a"))
-        self.assertIsInstance(error, ImportError)
-        self.assertFalse(secret in page)
-
-
-class ErrorTests(StorageTestCase):
-    def test_permanent_failures_say_what_to_do(self):
-        for route, fault, reason in (
-            ("files/upload", "/path/insufficient_space", "path/insufficient_space (the account"
-             " is full; free or buy space)"),
-            ("files/upload", "/path/no_write_permission", "path/no_write_permission (the "
-             "account may only read there; change root_path)"),
-            ("files/upload", "/path/disallowed_name", "path/disallowed_name (Dropbox reserves "
-             "that name; get_valid_name() mends it)"),
-            ("files/upload", "/payload_too_large", "payload_too_large"),
-            ("files/upload", "missing_scope", "missing_scope/files.content.write (tick it "
-             "under Permissions in the App Console, authorize again)"),
-            ("files/upload", "suspended", "user_suspended (the account is suspended; its owner "
-             "or team can reactivate it)"),
-            ("files/upload", "invalid_token", "invalid_access_token (oauth2_access_token is "
-             "wrong, revoked or of another app)"),
-            ("files/upload", "bad_input", "HTTP 400 Error in call to API function: bad input"),
-        ):  # fmt: skip
-            self.account.fail(route, fault)
-            with self.subTest(fault), self.account.counting() as calls:
-                with self.raises(
-                    DropboxStorageException, f"{route} of '/a' failed: {reason}."
-                ) as caught:
-                    self.save("a")
-            self.assertIsInstance(
-                caught.exception.__cause__, dropbox.exceptions.DropboxException
-            )
-            self.assertTrue(reason.startswith(caught.exception.reason))
-            self.assertEqual(calls[route], 1)
-            self.account.faults.clear()
-        self.assertFalse(self.account.entries)
-
-    def test_errors_are_raised_from_those_of_the_sdk(self):
-        self.account.put("/dir/a")
-        for call, error in (
-            (lambda: self.storage.open("missing"), FileNotFoundError),
-            (lambda: self.storage.size("missing"), FileNotFoundError),
-            (lambda: self.storage.open("dir"), IsADirectoryError),
-            (lambda: self.storage.listdir("dir/a"), NotADirectoryError),
-            (lambda: self.save("dir/a/b"), NotADirectoryError),
-        ):
-            with self.assertRaises(error) as caught:
-                call()
-            cause = caught.exception.__cause__
-            self.assertIsInstance(cause, dropbox.exceptions.ApiError)
-            self.assertIn(
-                caught.exception.filename, ("/missing", "/dir", "/dir/a", "/dir/a/b")
-            )
-
-    def test_what_lasts_is_reported_with_how_long_it_was_tried(self):
-        for fault in ("503", "429", "reset", "html"):
-            self.account.fail("files/get_metadata", fault, times=99)
-            with self.account.counting() as calls:
-                with self.assertRaisesRegex(
-                    DropboxStorageException,
-                    r"files/get_metadata of '/a' failed \(6 attempts, 0 s\): ",
-                ):
-                    self.storage.exists("a")
-            self.assertEqual(calls["files/get_metadata"], self.storage.MAX_ATTEMPTS)
-            self.account.faults.clear()
-
-    def test_permanent_failures_are_not_repeated_without_a_pause_either(self):
-        self.storage.FIRST_WAIT = 0
-        self.account.fail("files/get_metadata", "missing_scope", times=9)
-        with self.assertRaises(DropboxStorageException):
-            self.storage.exists("a")
-        self.assertEqual(self.account.calls["files/get_metadata"], 1)
-
-    def test_a_wait_that_is_too_long_is_not_begun(self):
-        self.account.fail("files/get_metadata", "429", value=300)
-        begun = time.monotonic()
-        with self.assertRaisesRegex(
-            DropboxStorageException,
-            r"failed \(1 attempt, 0 s; Dropbox asks to wait 300 s, max_wait is 60\): "
-            "too_many_requests",
-        ):
-            self.storage.exists("a")
-        self.assertLess(time.monotonic() - begun, 5)
-
-    def test_retry_after_is_honoured(self):
-        for fault in ("429", "429_text", "too_many_writes"):
-            self.account.fail("files/get_metadata", fault, value=1)
-            begun = time.monotonic()
-            self.assertFalse(self.storage.exists("a"))
-            self.assertGreaterEqual(time.monotonic() - begun, 1)
-            self.account.faults.clear()
-
-    def test_the_exception_is_no_oserror_and_keeps_its_reason(self):
-        self.assertFalse(issubclass(DropboxStorageException, OSError))
-        error = pickle.loads(pickle.dumps(DropboxStorageException("text", "reason")))
-        self.assertEqual((str(error), error.reason), ("text", "reason"))
-
-    def test_errors_that_are_made_up_with_mocks(self):
-        for mock in (unittest.mock.Mock(), unittest.mock.MagicMock(), None, "text"):
-            error = dropbox.exceptions.ApiError("id", mock, "text", "en")
-            patched = unittest.mock.patch.object(
-                dropbox.Dropbox, "files_get_metadata", side_effect=error
-            )
-            with (
-                patched,
-                self.raises(
-                    DropboxStorageException,
-                    "files/get_metadata of '/a' failed: ApiError.",
-                ),
-            ):
-                self.storage.exists("a")
-
-    def test_an_error_keeps_what_was_being_handled_before(self):
-        self.account.fail("*", "bad_input")
-        try:
-            raise KeyError("before")
-        except KeyError as before:
-            with self.assertRaises(DropboxStorageException) as caught:
-                self.storage.exists("a")
-            error = cause = caught.exception.__cause__
-            self.assertIsInstance(cause, dropbox.exceptions.BadInputError)
-            while error.__context__:
-                error = error.__context__
-            self.assertIs(error, before)
-
-    def test_what_the_sdk_does_not_know_is_told_in_dropboxs_own_words(self):
-        for fault, said in {
-            "no_route": "HTTP 404 Unknown API function.",
-            "account_type": 'HTTP 403 {"error_summary": "invalid_account_type/feature/..", '
-            '"error": {".tag": "invalid_account_type", "invalid_account_type": "feature"}} '
-            "(the account's plan does not have this feature).",
-        }.items():
-            for route, act in (
-                ("files/get_metadata", lambda: self.storage.exists("a")),
-                ("files/upload", lambda: self.storage._save("a", ContentFile(b"x"))),
-                ("files/download", lambda: self.storage.open("a")),
-            ):
-                self.account.fail(route, fault)
-                message = f"{route} of '/a' failed: {said}"
-                with self.account.counting() as calls:
-                    with self.raises(DropboxStorageException, message) as caught:
-                        act()
-                self.assertEqual(sum(calls.values()), 1)
-                self.assertEqual(caught.exception.reason, said[:8])
-                self.account.faults.clear()
-
-    def test_hints_are_about_what_was_said(self):
-        sharing = self.account.storage(shared_links=True)
-        for storage, route, act, fault, hint in (
-            (sharing, "*", "url", "/access_denied", "sharing is off"),
-            (sharing, "*", "url", "route_access", None),
-            (self.storage, "*", "delete", "/too_many_files", "too large"),
-            (
-                self.storage,
-                "*",
-                "exists",
-                "/path/malformed_path",
-                "DEL, space at an end",
-            ),
-            (self.storage, "*", "exists", "/path/malformed_path", "no emoji"),
-        ):
-            self.account.fail(route, fault)
-            with self.assertRaises(DropboxStorageException) as caught:
-                getattr(storage, act)("a")
-            shown = str(caught.exception)
-            self.assertEqual("(" in shown, hint is not None, shown)
-            self.assertIn(hint or "route_access_denied", shown)
-            self.account.faults.clear()
-
-    def test_what_dropbox_cannot_name_it_refuses(self):
-        for name in ("a\x7fb", "a\\b\x7f"):
-            with self.assertRaisesRegex(DropboxStorageException, "DEL"):
-                self.storage.save(name, ContentFile(b"x"))
-
-    def log(self, act, level="INFO"):
-        """What is logged while act() succeeds or fails, with its numbers as N."""
-        with self.assertLogs("dropbox_storage", level) as logs:
-            with contextlib.suppress(DropboxStorageException):
-                act()
-        return [re.sub(r"\d+\.\d+", "N", line) for line in logs.output]
-
-    def test_each_repeat_is_a_line_in_the_log(self):
-        for fault, reason in {
-            "503": "HTTP 503",
-            "429": "too_many_requests",
-            "reset": "ConnectionError",
-            "stall": "ReadTimeout",
-            "html": "HTTP 502",
-            "garbage": "AssertionError",
-        }.items():
-            self.account.fail("files/get_metadata", fault, times=3)
-            start = f"dropbox_storage:files/get_metadata of '/a': {reason} at attempt"
-            lines = self.log(lambda: self.storage.exists("a"))
-            self.assertEqual(
-                lines,
-                [
-                    f"INFO:{start} 1 of 6; the next in N s.",
-                    f"WARNING:{start} 2 of 6; the next in N s.",
-                    f"WARNING:{start} 3 of 6; the next in N s.",
-                ],
-            )
-            self.account.faults.clear()
-        self.account.put("/a", bytes(MiB))
-        self.account.fail("files/download", "truncate")
-        lines = self.log(lambda: self.storage.open("a").read())
-        self.assertRegex(lines[0], "INFO:.*files/download of '/a': .* attempt 1 of 6")
-
-    def test_a_call_that_gives_up_is_a_warning(self):
-        self.account.fail("files/get_metadata", "503", times=99)
-        lines = self.log(lambda: self.storage.exists("a"), "WARNING")
-        self.assertEqual(len(lines), 5)
-        said = (
-            "files/get_metadata of '/a' failed (6 attempts, 0 s): HTTP 503 unavailable."
-        )
-        self.assertEqual(lines[-1], f"WARNING:dropbox_storage:{said}")
-
-    def test_each_call_is_a_line_for_debugging_with_its_time(self):
-        self.account.put("/huge", HUGE)
-        storage = self.account.storage(**{"oauth2_access_token": None}, **REFRESHING)
-        debug = "DEBUG:dropbox_storage:"
-        lines = self.log(lambda: storage.exists("b"), "DEBUG")
-        self.assertEqual(
-            lines,
-            [
-                f"{debug}oauth2/token: HTTP 200 in N s.",
-                f"{debug}files/get_metadata of '/b': HTTP 409 in N s.",
-            ],
-        )
-        with self.account.counting() as calls:
-            lines = self.log(lambda: storage.open("huge").read(), "DEBUG")
-        self.assertEqual(
-            lines[0], f"{debug}files/download of '/huge': HTTP 200 in N s."
-        )
-        self.assertEqual(len(lines), calls["files/download"])
-
-    def test_what_is_refused_at_once_is_no_warning(self):
-        self.account.fail("files/get_metadata", "missing_scope")
-        lines = self.log(lambda: self.storage.exists("a"), "DEBUG")
-        self.assertEqual(len(lines), 1)
-
-    def test_max_wait_bounds_a_call(self):
-        self.account.fail("files/get_metadata", "503", times=999)
-        for max_wait, attempts in ((0, 1), (0.05, 3), (None, 6), (60, 6)):
-            storage = self.account.storage(max_wait=max_wait)
-            storage.FIRST_WAIT = 0.02
-            begun = time.monotonic()
-            with self.account.counting() as calls:
-                with self.assertRaises(DropboxStorageException) as caught:
-                    storage.exists("a")
-            if max_wait != 0.05:
-                self.assertEqual(calls["files/get_metadata"], attempts)
-            self.assertLess(time.monotonic() - begun, 0.3 if max_wait == 0.05 else 2)
-            self.assertNotIn("1 attempts", str(caught.exception))
-            self.assertNotIn("asks", str(caught.exception))
-        self.account.faults.clear()
-        self.account.fail("files/get_metadata", "429", value=1)
-        storage = self.account.storage(max_wait=0.5)
-        with self.assertRaisesRegex(
-            DropboxStorageException,
-            r"\(1 attempt, 0 s; Dropbox asks to wait 1 s, max_wait is 0.5\)",
-        ):
-            storage.exists("a")
-
-    def test_an_expired_token_is_no_wait(self):
-        storage = self.account.storage(
-            **{"oauth2_access_token": None}, **REFRESHING, max_wait=0
-        )
-        storage.exists("a")
-        self.account.expire_tokens()
-        self.assertFalse(storage.exists("a"))
-
-    def test_the_pauses_grow_and_are_random(self):
-        pauses = []
-        storage = self.account.connect(DropboxStorage("valid-token"))
-        self.account.fail("files/get_metadata", "503", times=999)
-        with unittest.mock.patch.object(time, "sleep", pauses.append):
-            for _ in range(20):
-                with self.assertRaises(DropboxStorageException):
-                    storage.exists("a")
-        for attempt, most in enumerate((0.5, 1, 2, 4, 8)):
-            found = pauses[attempt::5]
-            self.assertEqual(len({*found}), 20)
-            self.assertTrue(all(most / 2 <= pause <= most for pause in found), found)
-
-    def test_attempts_are_counted_in_words(self):
-        self.account.fail("files/get_metadata", "503", times=999)
-        for attempts, words in ((1, "1 attempt,"), (2, "2 attempts,")):
-            self.storage.MAX_ATTEMPTS = attempts
-            with self.assertRaisesRegex(DropboxStorageException, words):
-                self.storage.exists("a")
-
-
-class LinkTests(StorageTestCase):
-    def setUp(self):
-        super().setUp()
-        self.account.put("/a b.txt", b"12345")
-
-    def leads_to(self, link, content):
-        self.assertEqual(self.account.links[link], content)
-
-    def test_a_temporary_link_is_cached_for_all_spellings_of_a_name(self):
-        link = self.storage.url("a b.txt")
-        self.leads_to(link, b"12345")
-        for name in ("a b.txt", "A B.TXT", "./a b.txt"):
-            self.assertEqual(self.storage.url(name), link)
-        self.assertEqual(self.account.calls["files/get_temporary_link"], 1)
-
-    def test_saving_writing_and_deleting_drop_the_link(self):
-        storage = self.account.storage(write_mode="overwrite")
-
-        def write():
-            with storage.open("a b.txt", "wb") as file:
-                file.write(b"written")
-
-        for change, content in (
-            (lambda: storage.save("A b.txt", ContentFile(b"saved")), b"saved"),
-            (write, b"written"),
-        ):
-            old = storage.url("a b.txt")
-            change()
-            self.assertNotEqual(storage.url("a b.txt"), old)
-            self.leads_to(storage.url("a b.txt"), content)
-        self.account.storage(shared_links=True).url("a b.txt")
-        storage.delete("a b.txt")
-        for options in ({}, {"shared_links": True}):
-            with self.assertLogs("dropbox_storage", "WARNING"):
-                self.assertEqual(self.account.storage(**options).url("a b.txt"), "")
-
-    def test_accounts_namespaces_members_and_roots_are_apart(self):
-        self.account.tokens |= {"other-token"}
-        self.account.put("/team/a b.txt")
-        self.account.put("/root/a b.txt")
-        links = {
-            self.account.storage(**options).url("a b.txt")
-            for options in (
-                {},
-                {"oauth2_access_token": "other-token"},
-                {"namespace_id": "42"},
-                {"team_member_id": "dbmid:1"},
-                {"root_path": "/root"},
-                {"shared_links": True},
-            )
-        }
-        self.assertEqual(len(links), 6)
-
-    def test_the_cache_holds_no_secret(self):
-        self.storage.url("a b.txt")
-        self.assertEqual(len(cache._cache), 1)
-        (key,) = cache._cache
-        self.assertNotIn("valid-token", key)
-        self.assertRegex(key, "^:1:dropbox_storage:[0-9a-f]{64}$")
-
-    def test_url_cache_timeout(self):
-        for timeout in (0, None):
-            storage = self.account.storage(url_cache_timeout=timeout)
-            self.assertNotEqual(storage.url("a b.txt"), storage.url("a b.txt"))
-        storage = self.account.storage(url_cache_timeout=0.05)
-        old = storage.url("a b.txt")
-        time.sleep(0.1)
-        self.assertNotEqual(storage.url("a b.txt"), old)
-
-    def test_a_cache_that_is_down_costs_a_call_and_no_more(self):
-        broken = {"default": {"BACKEND": f"{__name__}.BrokenCache"}}
-        with override_settings(CACHES=broken):
-            with self.assertLogs("dropbox_storage", "WARNING") as logs:
-                self.leads_to(self.storage.url("a b.txt"), b"12345")
-                self.save("b.txt", b"x")
-        self.assertNotIn("cache.example", "".join(logs.output))
-        self.assertEqual(self.account.calls["files/get_temporary_link"], 1)
-
-    def test_a_missing_file_has_no_link_and_one_warning(self):
-        for options in ({}, {"shared_links": True}):
-            storage = self.account.storage(**options)
-            with self.assertLogs("dropbox_storage", "WARNING") as logs:
-                self.assertEqual(storage.url("gone.jpg"), "")
-            text = "No link to 'gone.jpg': it is not in '/'."
-            self.assertEqual(logs.output, [f"WARNING:dropbox_storage:{text}"])
-
-    def test_every_other_error_raises(self):
-        self.account.fail("files/get_temporary_link", "invalid_token")
-        with self.assertRaises(DropboxStorageException):
-            self.storage.url("a b.txt")
-        self.account.put("/dir/x")
-        with self.assertRaises(IsADirectoryError):
-            self.storage.url("dir")
-
-    def test_base_url_needs_no_call(self):
-        storage = DropboxStorage(base_url="/media")
-        self.assertEqual(storage.base_url, "/media/")
-        for name, url in {
-            "a b.txt": "/media/a%20b.txt",
-            "/dir\\\xe9.txt": "/media/dir/%C3%A9.txt",
-            "": "/media/",
-            None: "/media/",
-        }.items():
-            self.assertEqual(storage.url(name), url)
-
-    def test_a_lazy_base_url_is_looked_up_when_it_is_used(self):
-        base_url = urls.reverse_lazy("media", args=[""])
-        storage = DropboxStorage("secret", base_url=base_url)
-        with override_settings(ROOT_URLCONF=()), self.assertRaises(urls.NoReverseMatch):
-            storage.url("a b.txt")
-        pattern = urls.re_path("^media/(.*)$", module.serve, name="media")
-        with override_settings(ROOT_URLCONF=(pattern,)):
-            self.assertEqual(storage.url("a b.txt"), "/media/a%20b.txt")
-
-    def test_shared_links(self):
-        storage = self.account.storage(shared_links=True)
-        with self.account.counting() as calls:
-            link = storage.url("a b.txt")
-            self.assertEqual(storage.url("a b.txt"), link)
-        self.assertRegex(
-            link, r"^https://www.dropbox.com/scl/fi/\w+/a b.txt\?rlkey=\w+&raw=1$"
-        )
-        self.assertEqual(calls, {"sharing/create_shared_link_with_settings": 1})
-        cache.clear()
-        self.assertEqual(storage.url("a b.txt"), link)
-        self.assertEqual(self.account.calls["sharing/list_shared_links"], 1)
-
-    def test_sharing_that_is_off_is_explained(self):
-        storage = self.account.storage(shared_links=True)
-        for fault, hint in {
-            "/access_denied": "sharing is off for the account; use base_url",
-            "/settings_error/not_authorized": "public links are off for the account",
-            "/email_not_verified": "verify the account's e-mail address",
-            "missing_scope": "tick it under Permissions in the App Console",
-        }.items():
-            self.account.fail("sharing/create_shared_link_with_settings", fault)
-            with self.assertRaisesRegex(DropboxStorageException, hint):
-                storage.url("a b.txt")
-            self.account.faults.clear()
-
-    def test_a_link_that_is_made_while_the_file_is_replaced_is_not_kept(self):
-        storage = self.account.storage(write_mode="overwrite")
-
-        class Replacing(FakeAccount):
-            def files_get_temporary_link(self, argument, body):
-                result = super().files_get_temporary_link(argument, body)
-                if self.changes[-1]["size"] == 5:
-                    storage.save("A b.txt", ContentFile(b"new"))
-                return result
-
-        self.account = Replacing()
-        self.account.put("/a b.txt", b"12345")
-        self.account.connect(storage)
-        self.leads_to(storage.url("a b.txt"), b"12345")
-        self.leads_to(storage.url("a b.txt"), b"new")
-        self.assertEqual(storage.url("a b.txt"), storage.url("a b.txt"))
-
-    def test_own_clients_with_other_headers_have_other_links(self):
-        links = set()
-        for headers in (None, {"Dropbox-API-Path-Root": '{"namespace_id": "42"}'}):
-            storage = DropboxStorage()
-            storage.client = FakeDropbox(self.account)
-            storage.client._headers = headers
-            self.account.put("/team/a b.txt", b"theirs")
-            links.add(storage.url("a b.txt"))
-        self.assertEqual(len(links), 2)
-
-
-class BrokenCache(BaseCache):
-    def __init__(self, *args):
-        super().__init__({})
-
-    def get(self, *args, **kwargs):
-        raise ConnectionError("redis://user:password@cache.example is down")
-
-    set = delete_many = get
-
-
-class ServeTests(StorageTestCase):
-    def setUp(self):
-        super().setUp()
-        self.storage = self.account.storage(base_url="/media/")
-        self.account.put("/dir/a b.jpg", b"12345")
-
-    def get(self, path, method="GET", **options):
-        request = RequestFactory().generic(method, "/media/")
-        return module.serve(request, path, **{"storage": self.storage, **options})
-
-    def test_it_redirects_to_a_cached_temporary_link(self):
-        with self.account.counting() as calls:
-            for method in ("GET", "HEAD"):
-                response = self.get("dir/a b.jpg", method)
-                self.assertEqual(response.status_code, 302)
-                self.assertEqual(self.account.links[response["Location"]], b"12345")
-        self.assertEqual(calls, {"files/get_temporary_link": 1})
-        self.assertEqual(response["Cache-Control"], "private, max-age=3600")
-
-    def test_a_browser_keeps_the_redirect_for_less_than_the_link_lives(self):
-        self.storage.url_cache_timeout = 14400
-        self.get("dir/a b.jpg")
-        ages = []
-        (key,) = (key.partition(":1:")[2] for key in cache._cache)
-        link, made = cache.get(key)
-        for age in (0, 7200, 14390):
-            cache.set(key, (link, made - age))
-            response = self.get("dir/a b.jpg")
-            ages.append(int(response["Cache-Control"].partition("max-age=")[2]))
-        for age, limit in zip(ages, (14400, 7200, 10)):
-            self.assertLess(age, limit)
-        self.storage.url_cache_timeout = 0
-        self.assertEqual(self.get("dir/a b.jpg")["Cache-Control"], "private, max-age=0")
-
-    def test_what_cannot_be_a_file_is_not_found(self):
-        for path in (
-            "gone.jpg",
-            "dir",
-            "",
-            "../a",
-            "/etc/passwd",
-            "a\0b",
-            "x" * 300,
-            "dir/a b.jpg/x",
-        ):
-            with self.subTest(path), self.assertRaises(Http404):
-                self.get(path)
-
-    def test_other_methods_are_not_allowed(self):
-        response = self.get("dir/a b.jpg", "POST")
-        self.assertEqual((response.status_code, response["Allow"]), (405, "GET, HEAD"))
-
-    def test_other_errors_are_not_hidden(self):
-        self.account.fail("*", "invalid_token")
-        with self.assertRaises(DropboxStorageException):
-            self.get("dir/a b.jpg")
-
-    def test_shared_links_and_base_url_together(self):
-        self.storage.shared_links = True
-        self.assertIn("/apitl/", self.get("dir/a b.jpg")["Location"])
-
-    def browse(self, url, **storages):
-        """What Django's test client gets from urlpatterns with these storages."""
-        backend = f"{module.__name__}.DropboxStorage"
-        options = {"oauth2_access_token": "valid-token", "base_url": "/files/"}
-        files = {"BACKEND": backend, "OPTIONS": options}
-        with override_settings(
-            STORAGES={"default": {"BACKEND": backend}, "files": files},
-            DROPBOX_OAUTH2_TOKEN="valid-token",
-            ROOT_URLCONF=__name__,
-            LOGIN_URL="/login/",
-            ALLOWED_HOSTS=["testserver"],
-            MIDDLEWARE=[f"{__name__}.nobody_is_logged_in"],
-        ):
-            self.account.connect(django_storage.default_storage)
-            self.account.connect(django_storage.storages["files"])
-            return self.client.get(url)
-
-    @unittest.skipIf(django.VERSION < (4, 2), "aliases came with Django 4.2")
-    def test_it_serves_the_default_storage_and_those_named_by_an_alias(self):
-        for url in ("/default/dir/a%20b.jpg", "/files/dir/a%20b.jpg"):
-            response = self.browse(url)
-            self.assertEqual(self.account.links[response["Location"]], b"12345")
-        self.assertEqual(self.browse("/files/gone").status_code, 404)
-
-    @unittest.skipIf(django.VERSION < (4, 2), "aliases came with Django 4.2")
-    def test_an_anonymous_visitor_is_sent_to_the_login(self):
-        response = self.browse("/private/dir/a%20b.jpg")
-        self.assertEqual(response["Location"], "/login/?next=/private/dir/a%2520b.jpg")
-        self.assertEqual(self.account.calls["files/get_temporary_link"], 0)
-
-    def test_a_page_and_a_form_link_the_file_without_a_call(self):
-        field = models.FileField(storage=self.storage)
-        file = FieldFile(None, field, "dir/a b.jpg")
-        self.assertEqual(file.url, "/media/dir/a%20b.jpg")
-        widget = ClearableFileInput().render("file", file)
-        self.assertIn('<a href="/media/dir/a%20b.jpg">dir/a b.jpg</a>', widget)
-        self.assertFalse(self.account.calls)
-
-    def test_the_form_of_an_object_whose_file_is_gone_still_opens(self):
-        field = models.FileField(storage=self.account.storage())
-        with self.assertLogs("dropbox_storage", "WARNING"):
-            widget = ClearableFileInput().render("file", FieldFile(None, field, "gone"))
-        self.assertIn('<input type="file" name="file"', widget)
-
-    @unittest.skipIf(django.VERSION >= (4, 2), "aliases came with Django 4.2")
-    def test_an_alias_before_there_are_any_is_refused(self):
-        with self.raises(
-            ImproperlyConfigured,
-            "Before Django 4.2 there is no alias 'private': pass serve() the storage itself.",
-        ):
-            self.get("a", storage="private")
-
-
-def nobody_is_logged_in(get_response):
-    def middleware(request):
-        request.user = types.SimpleNamespace(is_authenticated=False)
-        return get_response(request)
-
-    return middleware
-
-
-urlpatterns = [
-    urls.path("default/<path:path>", module.serve),
-    urls.path("files/<path:path>", module.serve, {"storage": "files"}),
-    urls.path("private/<path:path>", login_required(module.serve)),
-]
-
-
-class ManifestStorage(ManifestFilesMixin, DropboxStorage):
-    """Reads its manifest when it is built: a test gives the class a client before."""
-
-    base_url = "/static/"
-    root_path = "/static"
-
-
-class ManifestTests(StorageTestCase):
-    @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
-    def test_collectstatic_gives_hashed_names(self):
-        backend = {"BACKEND": f"{__name__}.ManifestStorage"}
-        with tempfile.TemporaryDirectory() as folder:
-            pathlib.Path(folder, "a.css").write_text("body { background: url(b.png) }")
-            pathlib.Path(folder, "b.png").write_bytes(b"picture")
-            with override_settings(
-                INSTALLED_APPS=["django.contrib.staticfiles"],
-                STATIC_URL="/static/",
-                STATICFILES_DIRS=[folder],
-                STORAGES={"default": backend, "staticfiles": backend},
-            ):
-                get_finder.cache_clear()
-                self.addCleanup(get_finder.cache_clear)
-                self.addCleanup(delattr, ManifestStorage, "client")
-                ManifestStorage.client = FakeDropbox(self.account)
-                call_command("collectstatic", interactive=False, verbosity=0)
-                style, picture = static("a.css"), static("b.png")
-            self.assertRegex(style, r"^/static/a\.\w{12}\.css$")
-            self.assertRegex(picture, r"^/static/b\.\w{12}\.png$")
-            files = self.account.files()
-            plain = {"/static/a.css", "/static/b.png", "/static/staticfiles.json"}
-            self.assertEqual(files.keys(), plain | {style, picture})
-            self.assertIn(posixpath.basename(picture).encode(), files[style])
-
-
-class PreloadTests(StorageTestCase):
-    def setUp(self):
-        super().setUp()
-        self.account.page_size = 3
-        for name in ("a.txt", "dir/b.txt", "Dir/Sub/c.txt", "dir/sub/d.txt"):
-            self.account.put(f"/static/{name}", name.encode())
-        self.storage = self.preloading()
-        self.plain = self.account.storage(root_path="/static")
-
-    def preloading(self, **options):
-        options = {"preload_metadata": True, "root_path": "/static", **options}
-        return self.account.storage(**options)
-
-    def looks(self, storage):
-        """All that a storage says of its files."""
-        found, names = (
-            {},
-            ["", "a.txt", "A.txt", "dir", "dir/Sub", "dir/sub/c.txt", "x", "n/e/w"],
-        )
-        for look, name in itertools.product(
-            ("exists", "size", "get_modified_time", "listdir", "get_available_name"),
-            names,
-        ):
-            try:
-                found[look, name] = getattr(storage, look)(name)
-            except (OSError, SuspiciousFileOperation) as error:
-                found[look, name] = type(error)
-            if look == "listdir" and isinstance(found[look, name], tuple):
-                found[look, name] = [*map(sorted, found[look, name])]
-            if look == "get_available_name":
-                found[look, name] = found[look, name] == name
-        return found
-
-    def test_one_listing_answers_everything(self):
-        expected = self.looks(self.plain)
-        with self.account.counting() as calls:
-            self.assertEqual(self.looks(self.storage), expected)
-        paged = {"files/list_folder": 1, "files/list_folder/continue": 1}
-        self.assertEqual(calls, paged)
-
-    def test_its_own_writes_and_deletes_keep_it_true(self):
-        storage = self.storage
-        for change in (
-            lambda: storage.save("n/e/w", ContentFile(b"new")),
-            lambda: storage.save("a.txt", ContentFile(b"another")),
-            lambda: storage.open("A.TXT", "wb").close(),
-            lambda: storage.delete("dir/sub/c.txt"),
-            lambda: storage.delete("DIR"),
-            lambda: storage.delete("missing"),
-            lambda: storage.save("dir", ContentFile(b"a file now")),
-            lambda: storage.delete("n/e/w"),
-        ):
-            change()
-            self.assertEqual(self.looks(storage), self.looks(self.plain))
-        self.assertEqual(self.account.calls["files/list_folder"] > 0, True)
-
-    def test_a_root_that_does_not_exist_yet_is_empty(self):
-        storage = self.preloading(root_path="/new")
-        self.assertFalse(storage.exists("a.txt"))
-        self.assertEqual(storage.listdir(""), ([], []))
-        self.save("a.txt", b"x", storage)
-        self.assertTrue(storage.exists("a.txt"))
-        self.assertEqual(self.account.calls["files/list_folder"], 1)
-
-    def test_what_others_have_done_is_never_overwritten(self):
-        self.assertFalse(self.storage.exists("new.txt"))
-        self.account.put("/static/new.txt", b"theirs")
-        self.assertRegex(
-            self.save("new.txt", b"mine", self.storage), r"^new_\w{7}.txt$"
-        )
-        update = self.preloading(write_mode="update")
-        update.size("a.txt")
-        self.account.put("/static/a.txt", b"theirs")
-        with self.assertRaises(DropboxStorageException):
-            self.save("a.txt", b"mine", update)
-        self.save("a.txt", b"mine", update)  # after an error it looks again
-        self.assertEqual(self.account.files()["/static/a.txt"], b"mine")
-
-    def collect(self, **options):
-        """Run collectstatic as in a new process; return its number of calls."""
-        lazy = staticfiles.staticfiles_storage
-        self.addCleanup(setattr, lazy, "_wrapped", lazy._wrapped)
-        self.addCleanup(get_finder.cache_clear)
-        lazy._wrapped = self.account.connect(DropboxStorage())
-        with self.account.counting() as calls:
-            call_command("collectstatic", interactive=False, verbosity=0, **options)
-        return sum(calls.values())
-
-    @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
-    def test_collectstatic(self):
-        """40 files: a first time, again, after a change, and after clearing."""
-        backend = f"{module.__name__}.DropboxStorage"
-        self.account.page_size = 500
-        for preload, limits in ((True, (42, 2, 4)), (False, (120, 80, 83))):
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                override_settings(
-                    INSTALLED_APPS=["django.contrib.staticfiles"],
-                    STATIC_URL="/static/",
-                    STATICFILES_DIRS=[folder],
-                    STATICFILES_FINDERS=[
-                        "django.contrib.staticfiles.finders.FileSystemFinder"
-                    ],
-                    STORAGES={
-                        "default": {"BACKEND": backend},
-                        "staticfiles": {"BACKEND": backend},
-                    },
-                    DROPBOX_OAUTH2_TOKEN="valid-token",
-                    DROPBOX_ROOT_PATH=f"/collected-{preload}",
-                    DROPBOX_PRELOAD_METADATA=preload,
-                ),
-            ):
-                get_finder.cache_clear()
-                for i in range(40):
-                    path = pathlib.Path(folder, f"dir{i % 3}", f"{i}.css")
-                    path.parent.mkdir(exist_ok=True)
-                    path.write_bytes(b"%d" % i)
-                    os.utime(path, (1, 1))
-                self.assertLessEqual(self.collect(), limits[0])
-                files = self.account.files()
-                self.assertLessEqual(self.collect(), limits[1])
-                self.assertEqual(self.account.files(), files)
-                path.write_bytes(b"changed")
-                os.utime(path, (time.time() + 9,) * 2)
-                self.assertLessEqual(self.collect(), limits[2])
-                name = f"/collected-{preload}/dir0/39.css"
-                self.assertEqual(self.account.files(), {**files, name: b"changed"})
-                self.collect(clear=True)
-                self.assertEqual(self.account.files(), {**files, name: b"changed"})
-
-    def test_threads_share_a_listing_while_it_changes(self):
-        """Saves, failures and looks at once: none of them gets in the way of another."""
-        self.account.page_size = 500
-        for i in range(2000):
-            self.account.put(f"/static/many/{i}")
-        done = threading.Event()
-
-        def fail():
-            while not done.is_set():
-                with contextlib.suppress(FileNotFoundError):
-                    self.storage.size("missing")
-
-        def look():
-            while not done.is_set():
-                self.assertGreaterEqual(len(self.storage.listdir("many")[1]), 2000)
-
-        with ThreadPoolExecutor(3) as pool:
-            others = [pool.submit(fail), pool.submit(look), pool.submit(look)]
-            try:
-                for i in range(100):
-                    name = self.save(f"many/new/{i}", b"x", self.storage)
-                    self.assertEqual(name, f"many/new/{i}")
-            finally:
-                done.set()
-            for other in others:
-                other.result()
-
-    def test_a_save_does_not_look_through_the_listing(self):
-        class Listing(dict):
-            def __iter__(self):
-                raise AssertionError("looked through")
-
-            items = keys = values = __iter__
-
-        self.storage.exists("a.txt")
-        state = self.storage._state
-        state.listing = Listing(state.listing)
-        self.assertEqual(self.save("new/a.txt", b"x", self.storage), "new/a.txt")
-        self.assertTrue(self.storage.exists("new"))
+# _Download and _Upload
 
 
 class SinkAccount(FakeAccount):
@@ -3291,244 +3391,6 @@ class MemoryTests(StorageTestCase):
                 self.assertEqual(sum(map(len, file.chunks())), 128 * MiB)
 
         self.assertLess(self.peak(read), self.limit)
-
-
-# Every operation under every fault
-
-LARGE = random.Random(6).randbytes(9 * MiB)
-HUGE = random.Random(7).randbytes(20 * MiB)
-
-
-def write(storage):
-    with storage.open("a", "wb") as file:
-        file.write(b"written")
-
-
-def read(name):
-    def act(storage):
-        with storage.open(name) as file:
-            return hashlib.sha256(file.read()).hexdigest()
-
-    return act
-
-
-def save(name, content):
-    return lambda storage: storage.save(name, ContentFile(content))
-
-
-# What is done: the storage's options, and the operation, whose result is compared.
-OPERATIONS = {
-    "save": ({}, save("new", b"new")),
-    "save large": ({}, save("new", LARGE)),
-    "save a taken name": (
-        {},
-        lambda storage: storage._save("a", ContentFile(b"x"))[:2],
-    ),
-    "overwrite": ({"write_mode": "overwrite"}, save("a", b"new")),
-    "update": ({"write_mode": "update"}, save("a", b"new")),
-    "update large": ({"write_mode": "update"}, save("a", LARGE)),
-    "write": ({}, write),
-    "read": ({}, read("a")),
-    "read huge": ({}, read("huge")),
-    "exists": ({}, lambda storage: (storage.exists("a"), storage.exists("none"))),
-    "size": ({}, lambda storage: storage.size("a")),
-    "time": ({}, lambda storage: storage.get_modified_time("a")),
-    "list": ({}, lambda storage: storage.listdir("dir")),
-    "delete": ({}, lambda storage: storage.delete("a")),
-    "delete a folder": ({}, lambda storage: storage.delete("dir")),
-    "link": ({}, lambda storage: storage.url("a")[:30]),
-    "shared link": ({"shared_links": True}, lambda storage: storage.url("a")),
-    "preload": ({"preload_metadata": True}, lambda storage: storage.listdir("dir")),
-}
-LARGE_OPERATIONS = ("update large", "read huge")
-TRANSIENT = ("500", "502", "503", "503_after", "429", "429_text", "too_many_writes")
-TRANSIENT += (
-    "reset",
-    "reset_after",
-    "stall",
-    "tls",
-    "html",
-    "garbage",
-    "expired_token",
-)
-PERMANENT = ("invalid_token", "missing_scope", "suspended", "bad_input", "/brand_new")
-PERMANENT += ("no_route", "account_type", "route_access")
-# Those that only some routes know.
-BUSY = {
-    "files/upload": "/path/too_many_write_operations",
-    "files/upload_session/finish": "/too_many_write_operations",
-    "files/delete_v2": "/too_many_write_operations",
-}
-REFUSALS = {
-    "files/upload": (
-        "/path/insufficient_space",
-        "/path/no_write_permission",
-        "/path/disallowed_name",
-        "/path/malformed_path",
-    ),
-    "files/upload_session/append_v2": ("session_lost", "/payload_too_large"),
-    "files/upload_session/finish": ("session_lost", "/path/insufficient_space"),
-    "files/delete_v2": ("/path_write/no_write_permission", "/too_many_files"),
-    "files/download": ("/path/restricted_content",),
-    "files/get_metadata": ("/path/restricted_content",),
-    "files/get_temporary_link": ("/unsupported_file",),
-    "oauth2/token": (),
-}
-
-
-class FaultTests(StorageTestCase):
-    """One operation, one fault: at each of its routes, first and later, once and more."""
-
-    def run_one(self, operation, *faults):
-        """The account afterwards, the result or the exception, and the calls."""
-        options, act = OPERATIONS[operation]
-        cache.clear()
-        account = FakeAccount(page_size=2)
-        account.put("/a", b"old")
-        account.put("/huge", HUGE)
-        for i in range(5):
-            account.put(f"/dir/{i}")
-        for entry in account.entries.values():
-            entry.modified = "2024-07-01T12:00:00Z"
-        storage = account.storage(
-            **REFRESHING, **{"oauth2_access_token": None}, **options
-        )
-        for fault in faults:
-            account.fail(*fault)
-        try:
-            result = act(storage)
-        except Exception as error:
-            result = error
-        return account, result, account.calls
-
-    def same(self, operation, account, expected):
-        files, kept = account.files(), expected.files()
-        if operation == "save a taken name":  # the other name is another one each time
-            files, kept = sorted(files.values()), sorted(kept.values())
-        self.assertTrue(files == kept, f"{[*account.files()]}")
-
-    def cells(self, operation):
-        account, result, clean = self.run_one(operation)
-        self.assertNotIsInstance(result, Exception)
-        for route, count in clean.items():
-            for nth in (1, count)[:count]:
-                yield account, result, clean, route, nth
-
-    def test_what_passes_is_survived(self):
-        for operation in OPERATIONS:
-            for expected, result, clean, route, nth in self.cells(operation):
-                faults = [*TRANSIENT, BUSY.get(route)]
-                if route.startswith("files/upload"):
-                    faults.append("corrupt")
-                if route == "files/download":
-                    faults += ["truncate", "short"]
-                for fault, times in itertools.product(filter(None, faults), (1, 3)):
-                    with self.subTest(f"{operation}: {route} {nth} {fault} x {times}"):
-                        fails = (route, fault, nth, times)
-                        account, found, calls = self.run_one(operation, fails)
-                        if isinstance(found, Exception):
-                            raise found
-                        self.assertEqual(found, result)
-                        self.same(operation, account, expected)
-                        left = len(account.sessions) - len(expected.sessions)
-                        self.assertLessEqual(left, times)
-                        more = sum(calls.values()) - sum(clean.values())
-                        self.assertLessEqual(more, 2 * times + 1)
-
-    def test_what_does_not_pass_is_reported_at_once(self):
-        for operation in OPERATIONS:
-            for _, _, clean, route, nth in self.cells(operation):
-                for fault in (*PERMANENT, *REFUSALS.get(route, ())):
-                    if route == "oauth2/token" and fault == "/brand_new":
-                        continue  # no route of the API, with no errors of its own
-                    with self.subTest(f"{operation}: {route} {nth} {fault}"):
-                        account, found, calls = self.run_one(
-                            operation, (route, fault, nth, 999)
-                        )
-                        self.assertIsInstance(found, DropboxStorageException)
-                        self.assertNotIn("attempts", str(found))
-                        self.assertLessEqual(calls[route], clean[route] + 1)
-                        self.assertEqual(account.files()["/a"], b"old")
-                        self.assertNotIn("/new", account.files())
-
-    def test_what_lasts_is_reported_with_nothing_lost(self):
-        for operation in OPERATIONS:
-            for _, _, _, route, nth in self.cells(operation):
-                for fault in ("503", "429", "reset", "stall"):
-                    with self.subTest(f"{operation}: {route} {nth} {fault}"):
-                        account, found, calls = self.run_one(
-                            operation, (route, fault, nth, 999)
-                        )
-                        self.assertIsInstance(found, DropboxStorageException)
-                        self.assertIn("6 attempts", str(found))
-                        self.assertEqual(account.files()["/a"], b"old")
-                        self.assertNotIn("/new", account.files())
-
-    def test_wrong_bytes_are_never_taken_for_the_file(self):
-        for operation in ("read", "read huge"):
-            for _, _, _, route, nth in self.cells(operation):
-                if route == "files/download":
-                    found = self.run_one(operation, (route, "corrupt", nth))[1]
-                    self.assertIsInstance(found, DropboxStorageException)
-                    self.assertEqual(found.reason, "content_hash_mismatch")
-
-    def test_a_commit_whose_answer_does_not_fit_is_found(self):
-        for operation, route in (
-            ("save", "files/upload"),
-            ("save large", "files/upload_session/finish"),
-        ):
-            expected = self.run_one(operation)[0]
-            account, found, calls = self.run_one(operation, (route, "misfit_after"))
-            self.assertEqual(found, "new")
-            self.same(operation, account, expected)
-            self.assertEqual(calls[route], 1)
-
-    def test_a_lost_commit_that_failed_is_not_taken_for_done(self):
-        """The answer is lost, and then someone else's file is what is found."""
-        for size in (5, len(LARGE)):
-            account = FakeAccount()
-            storage = account.storage(write_mode="update")
-            account.put("/a", b"old")
-            account.fail("files/upload", "reset")
-            account.fail("files/upload_session/finish", "reset")
-            content = Unsized(LARGE[:size])
-            once = content.chunks
-
-            def chunks(once=once, account=account):
-                yield from once()
-                account.put("/a", b"theirs")
-
-            content.chunks = chunks
-            with self.assertRaises(DropboxStorageException):
-                storage.save("a", content)
-            self.assertEqual(account.files(), {"/a": b"theirs"})
-
-    def test_no_thread_is_left_behind(self):
-        threads = threading.active_count()
-        for operation in ("save large", "read huge"):
-            for _, _, _, route, nth in self.cells(operation):
-                for fault in ("missing_scope", "503"):
-                    self.run_one(operation, (route, fault, nth, 999))
-        self.ends_with_threads(threads)
-
-    def test_what_is_not_dropboxs_passes_through_at_once(self):
-        """As the time limits of task queues, which a signal raises: plain Exceptions."""
-
-        class TimeLimit(Exception):
-            pass
-
-        def interrupt(error):
-            raise error
-
-        for operation in OPERATIONS:
-            for _, _, clean, route, nth in self.cells(operation):
-                for error in (TimeLimit("of the queue"), TypeError("a bug")):
-                    with self.subTest(f"{operation}: {route} {nth} {error}"):
-                        fault = (route, functools.partial(interrupt, error), nth, 999)
-                        account, found, calls = self.run_one(operation, fault)
-                        self.assertIs(found, error)
-                        self.assertLessEqual(calls[route], clean[route])
-                        self.assertEqual(account.files()["/a"], b"old")
 
 
 class StallingAccount(FakeAccount):
@@ -3731,6 +3593,175 @@ def transfer():
                 )
 
 
+# serve
+
+
+class ServeTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.storage = self.account.storage(base_url="/media/")
+        self.account.put("/dir/a b.jpg", b"12345")
+
+    def get(self, path, method="GET", **options):
+        request = RequestFactory().generic(method, "/media/")
+        return module.serve(request, path, **{"storage": self.storage, **options})
+
+    def test_it_redirects_to_a_cached_temporary_link(self):
+        with self.account.counting() as calls:
+            for method in ("GET", "HEAD"):
+                response = self.get("dir/a b.jpg", method)
+                self.assertEqual(response.status_code, 302)
+                self.assertEqual(self.account.links[response["Location"]], b"12345")
+        self.assertEqual(calls, {"files/get_temporary_link": 1})
+        self.assertEqual(response["Cache-Control"], "private, max-age=3600")
+
+    def test_a_browser_keeps_the_redirect_for_less_than_the_link_lives(self):
+        self.storage.url_cache_timeout = 14400
+        self.get("dir/a b.jpg")
+        ages = []
+        (key,) = (key.partition(":1:")[2] for key in cache._cache)
+        link, made = cache.get(key)
+        for age in (0, 7200, 14390):
+            cache.set(key, (link, made - age))
+            response = self.get("dir/a b.jpg")
+            ages.append(int(response["Cache-Control"].partition("max-age=")[2]))
+        for age, limit in zip(ages, (14400, 7200, 10)):
+            self.assertLess(age, limit)
+        self.storage.url_cache_timeout = 0
+        self.assertEqual(self.get("dir/a b.jpg")["Cache-Control"], "private, max-age=0")
+
+    def test_what_cannot_be_a_file_is_not_found(self):
+        for path in (
+            "gone.jpg",
+            "dir",
+            "",
+            "../a",
+            "/etc/passwd",
+            "a\0b",
+            "x" * 300,
+            "dir/a b.jpg/x",
+        ):
+            with self.subTest(path), self.assertRaises(Http404):
+                self.get(path)
+
+    def test_other_methods_are_not_allowed(self):
+        response = self.get("dir/a b.jpg", "POST")
+        self.assertEqual((response.status_code, response["Allow"]), (405, "GET, HEAD"))
+
+    def test_other_errors_are_not_hidden(self):
+        self.account.fail("*", "invalid_token")
+        with self.assertRaises(DropboxStorageException):
+            self.get("dir/a b.jpg")
+
+    def test_shared_links_and_base_url_together(self):
+        self.storage.shared_links = True
+        self.assertIn("/apitl/", self.get("dir/a b.jpg")["Location"])
+
+    def browse(self, url, **storages):
+        """What Django's test client gets from urlpatterns with these storages."""
+        backend = f"{module.__name__}.DropboxStorage"
+        options = {"oauth2_access_token": "valid-token", "base_url": "/files/"}
+        files = {"BACKEND": backend, "OPTIONS": options}
+        with override_settings(
+            STORAGES={"default": {"BACKEND": backend}, "files": files},
+            DROPBOX_OAUTH2_TOKEN="valid-token",
+            ROOT_URLCONF=__name__,
+            LOGIN_URL="/login/",
+            ALLOWED_HOSTS=["testserver"],
+            MIDDLEWARE=[f"{__name__}.nobody_is_logged_in"],
+        ):
+            self.account.connect(django_storage.default_storage)
+            self.account.connect(django_storage.storages["files"])
+            return self.client.get(url)
+
+    @unittest.skipIf(django.VERSION < (4, 2), "aliases came with Django 4.2")
+    def test_it_serves_the_default_storage_and_those_named_by_an_alias(self):
+        for url in ("/default/dir/a%20b.jpg", "/files/dir/a%20b.jpg"):
+            response = self.browse(url)
+            self.assertEqual(self.account.links[response["Location"]], b"12345")
+        self.assertEqual(self.browse("/files/gone").status_code, 404)
+
+    @unittest.skipIf(django.VERSION < (4, 2), "aliases came with Django 4.2")
+    def test_an_anonymous_visitor_is_sent_to_the_login(self):
+        response = self.browse("/private/dir/a%20b.jpg")
+        self.assertEqual(response["Location"], "/login/?next=/private/dir/a%2520b.jpg")
+        self.assertEqual(self.account.calls["files/get_temporary_link"], 0)
+
+    def test_a_page_and_a_form_link_the_file_without_a_call(self):
+        field = models.FileField(storage=self.storage)
+        file = FieldFile(None, field, "dir/a b.jpg")
+        self.assertEqual(file.url, "/media/dir/a%20b.jpg")
+        widget = ClearableFileInput().render("file", file)
+        self.assertIn('<a href="/media/dir/a%20b.jpg">dir/a b.jpg</a>', widget)
+        self.assertFalse(self.account.calls)
+
+    def test_the_form_of_an_object_whose_file_is_gone_still_opens(self):
+        field = models.FileField(storage=self.account.storage())
+        with self.assertLogs("dropbox_storage", "WARNING"):
+            widget = ClearableFileInput().render("file", FieldFile(None, field, "gone"))
+        self.assertIn('<input type="file" name="file"', widget)
+
+    @unittest.skipIf(django.VERSION >= (4, 2), "aliases came with Django 4.2")
+    def test_an_alias_before_there_are_any_is_refused(self):
+        with self.raises(
+            ImproperlyConfigured,
+            "Before Django 4.2 there is no alias 'private': pass serve() the storage itself.",
+        ):
+            self.get("a", storage="private")
+
+
+def nobody_is_logged_in(get_response):
+    def middleware(request):
+        request.user = types.SimpleNamespace(is_authenticated=False)
+        return get_response(request)
+
+    return middleware
+
+
+urlpatterns = [
+    urls.path("default/<path:path>", module.serve),
+    urls.path("files/<path:path>", module.serve, {"storage": "files"}),
+    urls.path("private/<path:path>", login_required(module.serve)),
+]
+
+
+# All together
+
+
+class ManifestStorage(ManifestFilesMixin, DropboxStorage):
+    """Reads its manifest when it is built: a test gives the class a client before."""
+
+    base_url = "/static/"
+    root_path = "/static"
+
+
+class ManifestTests(StorageTestCase):
+    @unittest.skipIf(django.VERSION < (4, 2), "STORAGES came with Django 4.2")
+    def test_collectstatic_gives_hashed_names(self):
+        backend = {"BACKEND": f"{__name__}.ManifestStorage"}
+        with tempfile.TemporaryDirectory() as folder:
+            pathlib.Path(folder, "a.css").write_text("body { background: url(b.png) }")
+            pathlib.Path(folder, "b.png").write_bytes(b"picture")
+            with override_settings(
+                INSTALLED_APPS=["django.contrib.staticfiles"],
+                STATIC_URL="/static/",
+                STATICFILES_DIRS=[folder],
+                STORAGES={"default": backend, "staticfiles": backend},
+            ):
+                get_finder.cache_clear()
+                self.addCleanup(get_finder.cache_clear)
+                self.addCleanup(delattr, ManifestStorage, "client")
+                ManifestStorage.client = FakeDropbox(self.account)
+                call_command("collectstatic", interactive=False, verbosity=0)
+                style, picture = static("a.css"), static("b.png")
+            self.assertRegex(style, r"^/static/a\.\w{12}\.css$")
+            self.assertRegex(picture, r"^/static/b\.\w{12}\.png$")
+            files = self.account.files()
+            plain = {"/static/a.css", "/static/b.png", "/static/staticfiles.json"}
+            self.assertEqual(files.keys(), plain | {style, picture})
+            self.assertIn(posixpath.basename(picture).encode(), files[style])
+
+
 def under_each_quirk(**options):
     """Run a test with an account that has no quirk, with each of them, and with all."""
 
@@ -3890,6 +3921,7 @@ class QuirkTests(StorageTestCase):
 
 
 # Whatever hypothesis thinks of
+
 
 if hypothesis:
     NASTY = (
@@ -4074,7 +4106,9 @@ else:
 
 # The README
 
+
 README = pathlib.Path(__file__).with_name("README.md")
+
 
 # Runs manage.py's commands with every client of the storage on a fake account.
 MANAGE = """
@@ -4089,6 +4123,7 @@ def mounted(*args, **kwargs):
 dropbox.create_session = mounted
 execute_from_command_line(["manage.py", *sys.argv[1:]])
 """
+
 
 # What a visitor does in the project: uploads, looks, and is sent to the login.
 VISIT = """
@@ -4197,6 +4232,7 @@ class ReadmeTests(unittest.TestCase):
 
 
 # On a real account
+
 
 LIVE = {
     option: os.environ[f"DROPBOX_TEST_{name}"]
