@@ -1208,17 +1208,11 @@ class _Upload(io.RawIOBase):
         unchanged = conflict and self.mode == "update"
         if not unchanged and (not lost or (conflict and self._session)):
             return None
-        found = self._same_file()
-        if found and self.mode == "add" and not self._session:
-            ours = found.client_modified == self._target["client_modified"]
-            return found if ours else None
-        return found
-
-    def _same_file(self):
-        """The metadata of the file at the target, if it holds what was written."""
         with contextlib.suppress(OSError, DropboxStorageException):
             found = self._storage._call("files/get_metadata", self.path)
-            if _is_file(found):
+            sent = self._target["client_modified"]
+            ours = self._session or self.mode != "add"
+            if _is_file(found) and (ours or found.client_modified == sent):
                 self._content.check(found, "files/get_metadata", self.path)
                 return found
 
