@@ -257,18 +257,10 @@ class _Option:
 
 def _text(value):
     # Empty is what an unset environment variable often is.
-    if value and not (isinstance(value, str) and re.fullmatch("[!-~]+", value)):
-        raise ValueError("a string of printable ASCII characters without spaces")
-    if value and re.search(r"[\\\"']", value):  # as those of a shell that were kept
-        raise ValueError("without quotes and backslashes")
+    plain = r"[!#-&(-[\]-~]+"
+    if value and not (isinstance(value, str) and re.fullmatch(plain, value)):
+        raise ValueError("printable ASCII without spaces, quotes and backslashes")
     return value or None
-
-
-def _refresh_token(value):
-    if str(value).startswith("sl."):
-        mend = "that is the access token; copy refresh_token from the same answer"
-        raise ValueError(f"a refresh token ({mend})")
-    return _text(value)
 
 
 def _root_path(value):
@@ -353,7 +345,7 @@ class DropboxStorage(django_storage.Storage):
     # A token of the app; those that begin with "sl." live four hours.
     oauth2_access_token = _Option("DROPBOX_OAUTH2_TOKEN", None, _text)
     # Lives until it is revoked; with the app's key and secret it yields access tokens.
-    oauth2_refresh_token = _Option("DROPBOX_OAUTH2_REFRESH_TOKEN", None, _refresh_token)
+    oauth2_refresh_token = _Option("DROPBOX_OAUTH2_REFRESH_TOKEN", None, _text)
     app_key = _Option("DROPBOX_APP_KEY", None, _text)
     app_secret = _Option("DROPBOX_APP_SECRET", None, _text)
     # The folder that holds all files: absolute, within the app's or the account's root.
@@ -418,7 +410,12 @@ class DropboxStorage(django_storage.Storage):
         self._states = {}
 
     def _check_credentials(self, needed):
-        """Raise ImproperlyConfigured for a part of them, and for none if needed."""
+        """Raise ImproperlyConfigured for what cannot work, and for none if needed."""
+        if str(self.oauth2_refresh_token).startswith("sl."):
+            mend = "copy refresh_token from the same answer"
+            raise ImproperlyConfigured(
+                f"oauth2_refresh_token is an access token; {mend}."
+            )
         names = [name for name in CREDENTIALS[1:] if not getattr(self, name)]
         if len(names) in (1, 2) or (needed and names and not self.oauth2_access_token):
             missing = " and ".join(f"{n} ({OPTIONS[n].setting})" for n in names)
@@ -751,10 +748,7 @@ class DropboxStorage(django_storage.Storage):
             elif settle and (result := settle(_reason(error), lost)):
                 return result
             self._state.listing = None  # it may be what has misled the caller
-            failure = _translate_error(error, client, route, path, tried)
-            if tried:
-                logger.warning("%s", failure)
-            raise failure from error
+            raise _translate_error(error, client, route, path, tried) from error
         raise DropboxStorageException(f"{call} was abandoned.")
 
     def _pause(self, call, error, meaning, attempt, failed_at):
@@ -764,12 +758,13 @@ class DropboxStorage(django_storage.Storage):
         asked = getattr(error, "backoff", None) or 0
         wait = 0 if meaning == "expired" else max(backoff, asked)
         late = wait and self.max_wait is not None and waited + wait >= self.max_wait
-        if late and asked > backoff:
-            return f" (Dropbox asks to wait {asked} s, max_wait is {self.max_wait})"
+        said = f"{call}: {_reason(error)} at attempt {attempt} of {self.MAX_ATTEMPTS}"
         if late or attempt == self.MAX_ATTEMPTS:
+            logger.warning("%s; given up after %.1f s.", said, waited)
+            if late and asked > backoff:
+                return f" (Dropbox asks to wait {asked} s, max_wait is {self.max_wait})"
             return f" ({attempt} attempt{'s' if attempt > 1 else ''}, {waited:.0f} s)"
         level = logging.INFO if attempt == 1 else logging.WARNING
-        said = f"{call}: {_reason(error)} at attempt {attempt} of {self.MAX_ATTEMPTS}"
         logger.log(level, "%s; the next in %.1f s.", said, wait)
         time.sleep(wait)
         return ""
