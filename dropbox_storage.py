@@ -664,7 +664,7 @@ class DropboxStorage(django_storage.Storage):
         """A link to the file and when it was made, in seconds since the epoch."""
         key, timeout = self._link_key(path, shared), self.url_cache_timeout or 0
         entry = self._ask_cache("get", key) if timeout else None
-        if isinstance(entry, tuple):
+        if entry and not isinstance(entry, str):
             return entry
         # Who replaces the file removes the mark, and a link to the old one is not kept.
         mark = os.urandom(16).hex()

@@ -74,6 +74,7 @@ from django.contrib.staticfiles.finders import get_finder
 from django.contrib.staticfiles.storage import ManifestFilesMixin
 from django.core.cache import cache
 from django.core.cache.backends.base import BaseCache
+from django.core.cache.backends.locmem import LocMemCache
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files import storage as django_storage
 from django.core.files.base import ContentFile, File
@@ -2396,6 +2397,18 @@ class LinkTests(StorageTestCase):
                 self.save("b.txt", b"x")
         self.assertNotIn("cache.example", "".join(logs.output))
         self.assertEqual(self.account.calls["files/get_temporary_link"], 1)
+
+    def test_a_cache_that_keeps_json(self):
+        class JsonCache(LocMemCache):
+            def set(self, key, value, *args, **kwargs):
+                super().set(key, json.dumps(value), *args, **kwargs)
+
+            def get(self, *args, **kwargs):
+                return json.loads(super().get(*args, **kwargs) or "null")
+
+        with unittest.mock.patch.object(module, "cache", JsonCache("json", {})):
+            link = self.storage.url("a b.txt")
+            self.assertEqual(self.storage.url("a b.txt"), link)
 
     def test_a_missing_file_has_no_link_and_one_warning(self):
         for options in ({}, {"shared_links": True}):
