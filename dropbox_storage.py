@@ -560,10 +560,9 @@ class DropboxStorage(django_storage.Storage):
 
     def get_modified_time(self, name):
         metadata = self._file_metadata(self._path(name))
-        modified = metadata.server_modified.replace(tzinfo=timezone.utc)
-        return (
-            modified if settings.USE_TZ else modified.astimezone().replace(tzinfo=None)
-        )
+        seconds = metadata.server_modified.replace(tzinfo=timezone.utc).timestamp()
+        zone = timezone.utc if settings.USE_TZ else None
+        return datetime.fromtimestamp(seconds, zone)
 
     # Names, and what is known about them
 
@@ -980,7 +979,8 @@ class _Download(io.RawIOBase):
     _reading = _parts = None  # an object of its own for each run through the file
 
     def __init__(self, storage, path):
-        self._connections, self._path, self._revision = storage.CONNECTIONS, path, path
+        self._connections, self._path = storage.CONNECTIONS, path
+        self._revision = path  # whichever it is now
         request = functools.partial(storage._perform, "files/download", path)
         self._perform = functools.partial(request, client=storage.client)
         self._metadata, reply = self._perform(self._send_request)
@@ -1181,7 +1181,7 @@ class _Upload(io.RawIOBase):
     def _finish_session(self):
         """Close the session when all chunks have arrived, and commit it."""
         if self._buffer:
-            while self._sending:
+            while self._sending:  # once it is closed, a session takes no more
                 self._await_chunk()
             rest = bytes(self._buffer)
             self._content.append(self._append_chunk(self._offset, rest, close=True))
