@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import functools
 import gc
 import gzip
@@ -276,6 +277,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             status, headers, body = self.answer(route, request, fault, value)
         except Refused as refused:
             status, headers, body = refused.status, refused.headers, refused.body
+        except urllib3.exceptions.ProtocolError as error:
+            raise requests.ConnectionError(error)  # noqa: B904 - as requests does
         finally:
             with self.lock:
                 self.in_flight -= 1
@@ -296,6 +299,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
 
     def answer(self, route, request, fault, value):
         """The status, the headers and the body of Dropbox's answer."""
+        headers = dict(request.headers)  # as a frame of urllib3's holds them
         self.fail_before(route, fault, value)
         if self.refused:
             raise self.refused
@@ -304,10 +308,10 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         handler = getattr(self, route.replace("/", "_"), None)
         if not handler:
             raise Refused(404, f"no such route: {route}")
-        self.authenticate(request.headers.get("Authorization", ""))
+        self.authenticate(headers.get("Authorization", ""))
         body = request.body or b""
-        argument = request.headers.get("Dropbox-API-Arg") or body
-        argument = self.in_namespace(json.loads(argument), request.headers)
+        argument = headers.get("Dropbox-API-Arg") or body
+        argument = self.in_namespace(json.loads(argument), headers)
         if fault == "corrupt" and route != "files/download" and body:
             body = bytes([body[0] ^ 1]) + body[1:]
         if route == "files/download":
@@ -317,7 +321,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         if fault == "503_after":
             raise Refused(503, "unavailable")
         if fault == "reset_after":
-            raise requests.ConnectionError("reset")
+            raise urllib3.exceptions.ProtocolError("reset")
         return 200, {}, {} if fault == "misfit_after" else self.quirky(result)
 
     def quirky(self, result):
@@ -428,7 +432,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         if fault == "garbage":
             raise Refused(200, "<html>Welcome</html>", content_type="text/html")
         if fault == "reset":
-            raise requests.ConnectionError("reset")
+            raise urllib3.exceptions.ProtocolError("reset")
         if fault == "tls":
             raise requests.exceptions.SSLError("bad record")
         if fault == "stall":
@@ -1235,7 +1239,7 @@ class SecretTests(StorageTestCase):
         """An error and what Django's debug page, and its mail to ADMINS, show of it.
 
         That is what the frames of the error and its causes hold, but for those of the
-        tests.
+        tests: only FakeAccount.answer() stands for urllib3.
         """
         try:
             act()
@@ -1249,6 +1253,7 @@ class SecretTests(StorageTestCase):
                 repr(frame.get("vars"))
                 for frame in frames
                 if frame.get("filename") != __file__
+                or frame.get("function") == "answer"
             ]
             self.assertTrue(shown)
             return error, f"{error!r} {error.__cause__!r} {shown}"
@@ -1744,6 +1749,24 @@ class SavingTests(StorageTestCase):
                     self.assertEqual(self.account.files(), files)
                     self.assertLess(self.account.bytes_in - sent, size + 5000)
 
+    def test_names_that_are_taken_again_and_again(self):
+        class Counting(DropboxStorage):
+            tried = 0
+
+            def get_available_name(self, name, max_length=None):
+                self.tried += 1
+                return f"{self.tried}.txt"
+
+        last = self.storage.MAX_ATTEMPTS
+        for number in range(1, last):
+            self.account.put(f"/{number}.txt", b"other")
+        storage = self.account.connect(Counting("valid-token"))
+        self.assertEqual(self.save("a", b"mine", storage), f"{last}.txt")
+        storage = self.account.connect(Counting("valid-token"))
+        with self.account.counting() as calls, self.assertRaises(FileExistsError):
+            self.save("a", b"mine", storage)
+        self.assertEqual(calls["files/upload"], last)
+
     def test_a_folder_that_has_taken_the_name_meanwhile(self):
         self.account.put("/a/b")
         self.assertRegex(self.storage._save("a", ContentFile(b"x")), r"^a_\w{7}$")
@@ -2134,7 +2157,7 @@ class NameTests(StorageTestCase):
             " spaces ": "spaces",
             "e\u0301": "\xe9",
             f"{'x' * 300}.jpeg": f"{'x' * 250}.jpeg",
-            f"x.{'y' * 300}": f"x.{'y' * 253}",
+            f"xz.{'y' * 300}": f"x.{'y' * 253}",
         }.items():
             with self.subTest(spelling):
                 self.assertEqual(self.storage.get_valid_name(spelling), valid)
@@ -2891,6 +2914,16 @@ class FaultTests(StorageTestCase):
                 storage.save("a", content)
             self.assertEqual(account.files(), {"/a": b"theirs"})
 
+    def test_a_chunk_that_is_lost_and_then_refused_has_not_arrived(self):
+        append = "files/upload_session/append_v2"
+        self.account.fail(append, "503")
+        self.account.fail(append, "session_lost")
+        self.storage.CONNECTIONS = 1
+        with self.assertRaisesRegex(DropboxStorageException, f"^{append} of") as caught:
+            self.save("a", HUGE)
+        self.assertEqual(caught.exception.reason, "not_found")
+        self.assertEqual(self.account.files(), {})
+
     def test_no_thread_is_left_behind(self):
         threads = threading.active_count()
         for operation in ("save large", "read huge"):
@@ -2949,8 +2982,10 @@ class FileTests(StorageTestCase):
             self.assertEqual([*file][1], b"tw\xc3\xb6\r\n")
             file.seek(100)
             self.assertEqual(file.read(), b"")
-            with self.assertRaises(OSError):
+            with self.assertRaises(OSError) as caught:
                 file.seek(-1)
+            self.assertEqual(caught.exception.errno, errno.EINVAL)
+            self.assertEqual(file.tell(), 100)
             with self.assertRaises(io.UnsupportedOperation):
                 file.write(b"x")
         self.assertTrue(file.closed)
@@ -3142,12 +3177,13 @@ class FileTests(StorageTestCase):
         with storage.open("big") as file:
             self.assertTrue(file.read() == self.big)
         threads = threading.active_count()
-        with storage.open("big") as file:
-            file.read(5 * MiB)
-        self.ends_with_threads(threads)
+        for size in (5 * MiB, 5):
+            with storage.open("big") as file:
+                file.read(size)
+            self.ends_with_threads(threads)
         files = [reply for reply in replies if "dropbox-api-result" in reply.headers]
         self.assertGreater(len(files), 5)
-        self.assertTrue(all(file.raw.closed for file in files))
+        self.assertTrue(all(reply.raw.closed for reply in files))
 
     def test_parts_that_do_not_end_where_the_blocks_begin(self):
         self.account.put("/big", self.big)
