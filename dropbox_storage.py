@@ -661,16 +661,18 @@ class DropboxStorage(django_storage.Storage):
 
     def _link(self, path, shared=False):
         """A link to the file and when it was made, in seconds since the epoch."""
-        key, timeout = self._link_key(path, shared), self.url_cache_timeout or 0
-        entry = self._ask_cache("get", key) if timeout else None
+        if not self.url_cache_timeout:
+            return self._make_link(path, shared), time.time()
+        key = self._link_key(path, shared)
+        entry = self._ask_cache("get", key)
         if entry and not isinstance(entry, str):
             return entry
         # Who replaces the file removes the mark, and a link to the old one is not kept.
         mark = os.urandom(16).hex()
-        self._ask_cache("set", key, mark, timeout)
+        self._ask_cache("set", key, mark, self.url_cache_timeout)
         entry = (self._make_link(path, shared), time.time())
-        if timeout and self._ask_cache("get", key) == mark:
-            self._ask_cache("set", key, entry, timeout)
+        if self._ask_cache("get", key) == mark:
+            self._ask_cache("set", key, entry, self.url_cache_timeout)
         return entry
 
     def _make_link(self, path, shared):
@@ -725,9 +727,9 @@ class DropboxStorage(django_storage.Storage):
         handled, client = sys.exc_info()[1], client or self.client
         authorized, expired, lost, failed_at = client, None, False, None
         call = f"{route} of {path!r}"
-        for attempt in range(1, self.MAX_ATTEMPTS + 1):
-            if abandoned and abandoned():
-                break
+        attempt = 0
+        while not (abandoned and abandoned()):
+            attempt += 1
             try:
                 authorized = self._authorized(client, expired, call)
                 return work(authorized)

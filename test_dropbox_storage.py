@@ -689,10 +689,15 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         return self.shared_link(entry)
 
     def sharing_list_shared_links(self, argument, body):
-        entry = self.find_file(argument["path"])
-        told = entry.path.lower() in self.shared and "lost_links" not in self.quirks
-        found = [self.shared_link(entry)] if told else []
-        return {"links": found, "has_more": False}
+        path = self.find_file(argument["path"]).path.lower()
+        paths = self.shared & {path}
+        if not argument.get("direct_only"):  # a link to a folder leads there, too
+            paths = {
+                known for known in self.shared if f"{path}/".startswith(f"{known}/")
+            }
+        told = [] if "lost_links" in self.quirks else sorted(paths)
+        links = [self.shared_link(self.entries[known]) for known in told]
+        return {"links": links, "has_more": False}
 
     def shared_link(self, entry):
         name, key = (
@@ -709,7 +714,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         permissions = dict.fromkeys((*can, "team_restricts_comments"), False)
         permissions["visibility_policies"] = []
         url = f"https://www.dropbox.com/scl/fi/{key}/{name}?rlkey={key[:8]}&dl=0"
-        extra = {".tag": "file", "url": url, "link_permissions": permissions}
+        kind = "folder" if entry.data is None else "file"
+        extra = {".tag": kind, "url": url, "link_permissions": permissions}
         return {**entry.metadata(), **extra}
 
 
@@ -1130,6 +1136,16 @@ class ErrorTests(StorageTestCase):
                 self.assertEqual(sum(calls.values()), 1)
                 self.assertEqual(caught.exception.reason, said[:8])
                 self.account.faults.clear()
+
+    def test_a_long_answer_is_cut(self):
+        class Wordy(FakeAccount):
+            def answer(self, *args):
+                raise Refused(400, "word" * 1000)
+
+        said = f"HTTP 400 {'word' * 1000}"[:500]
+        message = f"files/get_metadata of '/a' failed: {said}."
+        with self.raises(DropboxStorageException, message):
+            Wordy().storage().exists("a")
 
     def test_hints_are_about_what_was_said(self):
         sharing = self.account.storage(shared_links=True)
@@ -2061,7 +2077,7 @@ class LookingTests(StorageTestCase):
             self.save(name, b"1")
             saved = self.save(name, b"2")
             self.assertNotEqual(saved, name)
-            self.assertLessEqual(len(saved), 255)
+            self.assertEqual(len(saved), 255)
             self.assertEqual(saved.endswith(name[-5:]), name[0] == "x")
             self.assertTrue(saved.startswith(name[0]))
 
@@ -2406,7 +2422,9 @@ class LinkTests(StorageTestCase):
     def test_url_cache_timeout(self):
         for timeout in (0, None):
             storage = self.account.storage(url_cache_timeout=timeout)
-            self.assertNotEqual(storage.url("a b.txt"), storage.url("a b.txt"))
+            with unittest.mock.patch.object(LocMemCache, "set") as kept:
+                self.assertNotEqual(storage.url("a b.txt"), storage.url("a b.txt"))
+            kept.assert_not_called()
         storage = self.account.storage(url_cache_timeout=0.05)
         old = storage.url("a b.txt")
         time.sleep(0.1)
@@ -2481,6 +2499,12 @@ class LinkTests(StorageTestCase):
         cache.clear()
         self.assertEqual(storage.url("a b.txt"), link)
         self.assertEqual(self.account.calls["sharing/list_shared_links"], 1)
+
+    def test_the_shared_link_of_a_folder_is_none_of_the_files_in_it(self):
+        self.account.put("/dir/a.txt", b"12345")
+        self.account.shared |= {"/dir", "/dir/a.txt"}
+        link = self.account.storage(shared_links=True).url("dir/a.txt")
+        self.assertIn("/a.txt?", link)
 
     def test_sharing_that_is_off_is_explained(self):
         storage = self.account.storage(shared_links=True)
@@ -3559,6 +3583,16 @@ class LeavingTests(StorageTestCase):
         file.close()
         with self.at_once():
             self.ends_with_threads(threads)
+
+    def test_a_stream_that_is_closed_meanwhile(self):
+        self.account.put("/big", HUGE)
+        stream = self.storage.open("big").file.raw
+        stream.seek(9)
+        self.account.fail("files/download", stream.close)
+        with self.raises(
+            DropboxStorageException, "files/download of '/big' was abandoned."
+        ):
+            stream.read(9)
 
     def test_a_reader_that_the_garbage_collector_closes(self):
         """In whatever thread, with whatever lock: as here that of the refresh."""
