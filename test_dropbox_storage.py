@@ -1587,6 +1587,13 @@ class ConfigurationTests(StorageTestCase):
             self.assertEqual(calls["files/get_metadata"], self.storage.MAX_ATTEMPTS)
             self.account.faults.clear()
 
+    def test_who_uses_the_client_gets_errors_at_once(self):
+        for fault in ("503", "429"):
+            self.account.fail("files/get_metadata", fault)
+            with self.assertRaises(dropbox.exceptions.HttpError):
+                self.storage.client.files_get_metadata("/a")
+            self.account.faults.clear()
+
     def test_copies_and_pickles_build_their_own_client(self):
         storage = self.account.storage(root_path="/r")
         for copied in (copy.deepcopy(storage), pickle.loads(pickle.dumps(storage))):
