@@ -758,9 +758,9 @@ class DropboxStorage(django_storage.Storage):
         backoff = self.FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1)
         asked = getattr(error, "backoff", None) or 0
         wait = 0 if meaning == "expired" else max(backoff, asked)
-        late = wait and self.max_wait is not None and waited + wait >= self.max_wait
+        late = self.max_wait is not None and waited + wait >= self.max_wait
         said = f"{call}: {_reason(error)} at attempt {attempt} of {self.MAX_ATTEMPTS}"
-        if late or attempt == self.MAX_ATTEMPTS:
+        if attempt == self.MAX_ATTEMPTS or (late and meaning != "expired"):
             logger.warning("%s; given up after %.1f s.", said, waited)
             if late and asked > backoff:
                 return f" (Dropbox asks to wait {asked} s, max_wait is {self.max_wait})"

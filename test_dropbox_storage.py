@@ -1411,6 +1411,9 @@ class OptionTests(StorageTestCase):
             ("timeout", 0): "None or a number of seconds from 0.001 to 86400",
             ("timeout", "9"): "None or a number of seconds from 0.001 to 86400",
             ("timeout", True): "None or a number of seconds from 0.001 to 86400",
+            ("timeout", 86401): "None or a number of seconds from 0.001 to 86400",
+            ("max_wait", -1): "None or a number of seconds from 0 to 86400",
+            ("max_wait", 86401): "None or a number of seconds from 0 to 86400",
             ("url_cache_timeout", 14401): "None or a number of seconds from 0 to 14400",
             ("preload_metadata", "yes"): "one of True, False",
             ("base_url", 7): "a URL such as '/media/', or None",
@@ -2685,6 +2688,10 @@ class DoorTests(StorageTestCase):
             self.assertLess(time.monotonic() - begun, 0.3 if max_wait == 0.05 else 2)
             self.assertNotIn("1 attempts", str(caught.exception))
             self.assertNotIn("asks", str(caught.exception))
+        storage = self.account.storage(max_wait=0)
+        storage.FIRST_WAIT = 0
+        with self.assertRaisesRegex(DropboxStorageException, r"\(1 attempt, 0 s\)"):
+            storage.exists("a")
         self.account.faults.clear()
         self.account.fail("files/get_metadata", "429", value=1)
         storage = self.account.storage(max_wait=0.5)
