@@ -1912,7 +1912,7 @@ class SavingTests(StorageTestCase):
             storage = account.storage()
             storage.CHUNK_SIZE = size
             with unittest.mock.patch.object(module, "MAX_REQUEST", 12 * MiB):
-                for end in (9 * MiB, len(data)):
+                for end in (9 * MiB, 13 * MiB, len(data)):
                     name = storage.save("a", ContentFile(data[:end]))
                     self.assertTrue(account.files()[f"/{name}"] == data[:end])
             self.assertEqual(len(account.sessions), 0)
@@ -3056,8 +3056,10 @@ class FileTests(StorageTestCase):
     def test_a_file_can_be_opened_again(self):
         file = self.storage.open("a.txt")
         self.assertEqual(file.read(3), b"one")
-        self.assertIs(file.open(), file)
-        self.assertEqual(file.read(3), b"one")
+        with self.account.counting() as calls:
+            self.assertIs(file.open(), file)
+            self.assertEqual(file.read(3), b"one")
+        self.assertFalse(calls)
         file.close()
         with self.assertRaises(ValueError):
             file.read()
@@ -3408,6 +3410,21 @@ class FileTests(StorageTestCase):
         self.assertEqual(self.account.files()["/a.txt"], b"written")
         file.close()
         self.assertEqual(self.account.files()["/a.txt"], b"again")
+
+    def test_opening_again_what_is_being_written_goes_on(self):
+        with self.storage.open("a.txt", "wb") as file:
+            file.write(b"one")
+            file.open().write(b"two")
+        self.assertEqual(self.account.files()["/a.txt"], b"onetwo")
+
+    def test_text_that_is_dropped_is_not_sent_either(self):
+        file = self.storage.open("a.txt", "w")
+        file.write("x" * 2 * self.storage.CHUNK_SIZE)
+        with self.account.counting() as calls:
+            with self.assertRaises(ZeroDivisionError), file:
+                file.write("more")
+                raise ZeroDivisionError
+        self.assertFalse(calls)
 
     def test_the_last_few_blocks_come_in_one_reply(self):
         self.account.put("/big", self.big)
@@ -4322,6 +4339,11 @@ class ReadmeTests(unittest.TestCase):
             self.assertEqual(option.setting, setting)
             self.assertEqual(eval(default.strip() or "None"), option.default)
         self.assertEqual({name for name, *_ in rows}, module.OPTIONS.keys())
+        for name, value, unit in re.findall(
+            r"`([A-Z_]+)`\s\(([\d.]+)\s(MiB,)?", README.read_text()
+        ):
+            value = float(value) * (MiB if unit else 1)
+            self.assertEqual(getattr(DropboxStorage, name), value)
 
 
 # On a real account
