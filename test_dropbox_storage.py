@@ -3908,6 +3908,7 @@ class QuirkTests(StorageTestCase):
             for content in (b"a", b"a", data, data, b"b", b""):
                 self.assertEqual(storage.save("a", ContentFile(content)), "a")
                 self.assertTrue(account.files() == {"/a": content})
+                account.put("/a", content, "2020-01-01T00:00:00Z")
                 with storage.open("a", "wb") as file:
                     file.write(content)
                 self.assertTrue(account.files() == {"/a": content})
