@@ -1463,6 +1463,8 @@ class OptionTests(StorageTestCase):
             "/e\u0301": "/\xe9",
         }.items():
             self.assertEqual(DropboxStorage(root_path=spelling).root_path, root)
+            subclass = type("Subclass", (DropboxStorage,), {"root_path": spelling})
+            self.assertEqual(subclass().root_path, root)
 
     def test_a_refresh_token_that_is_an_access_token_is_refused(self):
         with self.raises(
@@ -3684,6 +3686,12 @@ print("done")
             with self.subTest(stalls):
                 self.assertEqual(run_python(code), "done\n")
 
+    def test_transfers_where_no_thread_can_be_started(self):
+        full = RuntimeError("can't start new thread")
+        with unittest.mock.patch.object(threading.Thread, "start", side_effect=full):
+            self.save("big", HUGE)
+            self.assertTrue(self.storage.open("big").read() == HUGE)
+
     def test_transfers_at_exit_and_in_a_thread_that_outlives_the_main_one(self):
         transfer = """
 account = FakeAccount()
@@ -3908,6 +3916,7 @@ class QuirkTests(StorageTestCase):
             for content in (b"a", b"a", data, data, b"b", b""):
                 self.assertEqual(storage.save("a", ContentFile(content)), "a")
                 self.assertTrue(account.files() == {"/a": content})
+                account.entries.clear()
                 account.put("/a", content, "2020-01-01T00:00:00Z")
                 with storage.open("a", "wb") as file:
                     file.write(content)
