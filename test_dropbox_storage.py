@@ -3227,6 +3227,15 @@ class FileTests(StorageTestCase):
         self.assertGreater(len(files), 5)
         self.assertTrue(all(reply.raw.closed for reply in files))
 
+    def test_the_blocks_fetched_ahead_do_not_overlap(self):
+        self.account.put("/big", self.big)
+        begun = self.account.bytes_out
+        with self.storage.open("big") as file:
+            file.seek(1)
+            self.assertTrue(file.read() == self.big[1:])
+        whole = len(self.big)  # the reply to the opening, of which nothing was read
+        self.assertEqual(self.account.bytes_out - begun, whole + len(self.big[1:]))
+
     def test_parts_that_do_not_end_where_the_blocks_begin(self):
         self.account.put("/big", self.big)
         with unittest.mock.patch.object(module, "READ_SIZE", 100_003):
@@ -3745,8 +3754,10 @@ class ServeTests(StorageTestCase):
             ages.append(int(response["Cache-Control"].partition("max-age=")[2]))
         for age, limit in zip(ages, (14400, 7200, 10)):
             self.assertLess(age, limit)
-        self.storage.url_cache_timeout = 0
-        self.assertEqual(self.get("dir/a b.jpg")["Cache-Control"], "private, max-age=0")
+        for timeout in (0, None):
+            self.storage.url_cache_timeout = timeout
+            response = self.get("dir/a b.jpg")
+            self.assertEqual(response["Cache-Control"], "private, max-age=0")
 
     def test_what_cannot_be_a_file_is_not_found(self):
         for path in (
