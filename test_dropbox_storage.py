@@ -3752,8 +3752,9 @@ class ServeTests(StorageTestCase):
             cache.set(key, (link, made - age))
             response = self.get("dir/a b.jpg")
             ages.append(int(response["Cache-Control"].partition("max-age=")[2]))
-        for age, limit in zip(ages, (14400, 7200, 10)):
-            self.assertLess(age, limit)
+        for age, life in zip(ages, (14400, 7200, 10)):
+            # A minute less; what is begun of a second, or the test takes, is lost.
+            self.assertIn(age, {max(0, life - lost) for lost in (61, 62, 63)})
         for timeout in (0, None):
             self.storage.url_cache_timeout = timeout
             response = self.get("dir/a b.jpg")
