@@ -679,16 +679,15 @@ class DropboxStorage(django_storage.Storage):
         """A temporary link, or the public one in the form that leads to the bytes."""
         if not shared:
             return self._call("files/get_temporary_link", path).link
-        route = "sharing/list_shared_links"
         try:
             link = self._call("sharing/create_shared_link_with_settings", path)
         except DropboxStorageException as error:
             if not error.reason.startswith("shared_link_already_exists"):
                 raise
-            found = self._call(route, path, direct_only=True).links
-            if not found:
+            told = self._call("sharing/list_shared_links", path, direct_only=True).links
+            if not told:
                 raise
-            link = found[0]
+            link = told[0]
         return re.sub(r"([?&])dl=\d", r"\1raw=1", link.url)
 
     def _link_key(self, path, shared):
@@ -830,7 +829,7 @@ def _translate_error(error, client, route, path, tried):
     said = f"{reason} {body}".strip()[:500]
     words = re.findall(r"\w+", said)
     hint = next((f" ({hint})" for word, hint in HINTS.items() if word in words), "")
-    token = CREDENTIALS[bool(client._oauth2_refresh_token)]
+    token = f"oauth2_{'refresh' if client._oauth2_refresh_token else 'access'}_token"
     message = f"{route} of {path!r} failed{tried}: {said}{hint.format(token=token)}."
     return DropboxStorageException(message, reason)
 

@@ -34,7 +34,6 @@ assert_type(storage.get_modified_time("a"), datetime)
 assert_type(storage.size("a"), int)
 assert_type(storage.url(None), str)
 assert_type(DropboxStorageException("text").reason, str)
-assert_type(storage == refreshing, bool)
 storage.CHUNK_SIZE = 8 * 1024 * 1024
 refreshing.client = storage.client
 assert_type(storage.client.files_list_revisions("/a").entries[0].rev, Any)
