@@ -16,8 +16,13 @@ __version__: str
 _Name: TypeAlias = str | os.PathLike[str]
 # Bytes or text; without django-stubs, a File is no IO.
 _Content: TypeAlias = IO[Any] | File[Any]
-_TextMode: TypeAlias = Literal["r", "w", "x"]
-_BinaryMode: TypeAlias = Literal["rb", "wb", "xb"]
+# The usual spellings of the modes.
+_TextMode: TypeAlias = Literal[
+    "r", "w", "x", "a", "r+", "w+", "x+", "a+", "rt", "wt", "xt", "at"
+]
+_BinaryMode: TypeAlias = Literal[
+    "rb", "wb", "xb", "ab", "r+b", "w+b", "x+b", "a+b", "rb+", "wb+", "xb+", "ab+"
+]
 _WriteMode: TypeAlias = Literal["add", "overwrite", "update"]
 
 _AnyStr_co = TypeVar("_AnyStr_co", str, bytes, covariant=True)
@@ -25,29 +30,10 @@ _AnyStr_contra = TypeVar("_AnyStr_contra", str, bytes, contravariant=True)
 
 class DropboxStorageException(Exception):
     reason: str
-    def __init__(self, message: str, reason: str = "") -> None: ...
-
-class _Client(Protocol):
-    # The methods of dropbox.Dropbox that are used, and that one which is assigned must
-    # have: what they take and return is Any.
-    def check_and_refresh_access_token(self) -> None: ...
-    def refresh_access_token(self, host: str = ..., scope: Any = None) -> None: ...
-    def files_delete_v2(self, path: str) -> Any: ...
-    def files_download(self, path: str) -> Any: ...
-    def files_get_metadata(self, path: str) -> Any: ...
-    def files_get_temporary_link(self, path: str) -> Any: ...
-    def files_list_folder(self, path: str, recursive: bool = False) -> Any: ...
-    def files_list_folder_continue(self, cursor: str) -> Any: ...
-    def files_upload(self, f: bytes, path: str) -> Any: ...
-    def files_upload_session_append_v2(
-        self, f: bytes, cursor: Any, close: bool = False
-    ) -> Any: ...
-    def files_upload_session_finish(
-        self, f: bytes, cursor: Any, commit: Any
-    ) -> Any: ...
-    def files_upload_session_start(self, f: bytes, close: bool = False) -> Any: ...
-    def sharing_create_shared_link_with_settings(self, path: str) -> Any: ...
-    def sharing_list_shared_links(self, path: str | None = None) -> Any: ...
+    temporary: bool
+    def __init__(
+        self, message: str, reason: str = "", temporary: bool = False
+    ) -> None: ...
 
 # Without django-stubs, the base is Any.
 class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
@@ -59,16 +45,14 @@ class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
     timeout: float | None
     write_mode: _WriteMode
     base_url: str | None
-    shared_links: bool
+    url_cache: str
     url_cache_timeout: float | None
     max_wait: float | None
     namespace_id: str | None
     team_member_id: str | None
-    preload_metadata: bool
 
     CHUNK_SIZE: int
     CONNECTIONS: int
-    MAX_ATTEMPTS: int
     FIRST_WAIT: float
 
     # Any: deconstructible() passes on what a subclass takes.
@@ -84,28 +68,28 @@ class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
         timeout: float | None = ...,
         write_mode: _WriteMode = ...,
         base_url: str | None = ...,
-        shared_links: bool = ...,
+        url_cache: str = ...,
         url_cache_timeout: float | None = ...,
         max_wait: float | None = ...,
         namespace_id: str | None = ...,
         team_member_id: str | None = ...,
-        preload_metadata: bool = ...,
     ) -> None: ...
     # Any: the arguments of a subclass.
     def deconstruct(
         obj,  # pyright: ignore[reportSelfClsParameterName]
     ) -> tuple[str, tuple[Any, ...], dict[str, Any]]: ...
     def __getstate__(self) -> dict[str, object]: ...
-    # The SDK has no types: whoever reads it may use all of its methods.
+    # A dropbox.Dropbox. Any, because the SDK has no types: a protocol of its public
+    # methods would accept objects that do not work.
     @property
     def client(self) -> Any: ...
     @client.setter
-    def client(self, client: _Client) -> None: ...
+    def client(self, client: Any) -> None: ...
     # What subclasses override: files of any kind may go in and come out.
     def _open(self, name: str, mode: Any = "rb") -> File[Any]: ...
     def _save(self, name: str, content: File[Any]) -> str: ...
     def generate_filename(self, filename: _Name) -> str: ...
-    # Other modes than these are errors, which the base class cannot say.
+    # Other modes are errors, which the base class cannot say.
     @overload  # type: ignore[override, unused-ignore]
     def open(self, name: _Name, mode: _BinaryMode = "rb") -> DropboxFile[bytes]: ...
     @overload
@@ -165,6 +149,7 @@ class DropboxFile(File[AnyStr], Generic[AnyStr]):  # type: ignore[misc, unused-i
         traceback: TracebackType | None,
     ) -> None: ...
     def close(self) -> None: ...
+    def __del__(self) -> None: ...
 
 def serve(
     request: HttpRequest, path: str, storage: str | DropboxStorage = "default"

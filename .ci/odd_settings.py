@@ -14,7 +14,7 @@ DROPBOX_BASE_URL = "/odd/"
 DROPBOX_URL_CACHE_TIMEOUT = 0
 DROPBOX_NAMESPACE_ID = "99"
 DROPBOX_TEAM_MEMBER_ID = "dbmid:odd"
-DROPBOX_PRELOAD_METADATA = True
+DROPBOX_URL_CACHE = "odd"
 
 backend = "shop.files.remote.DropboxStorage"
 if django.VERSION >= (4, 2):
@@ -22,7 +22,10 @@ if django.VERSION >= (4, 2):
 else:
     DEFAULT_FILE_STORAGE = STATICFILES_STORAGE = backend
 
-CACHES = {"default": {"BACKEND": "django.core.cache.backends.dummy.DummyCache"}}
+CACHES = {
+    alias: {"BACKEND": "django.core.cache.backends.dummy.DummyCache"}
+    for alias in ("default", "odd")
+}
 USE_TZ = False
 TIME_ZONE = "Asia/Kathmandu"
 MEDIA_URL = "https://cdn.example.com/odd/"

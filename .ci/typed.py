@@ -23,6 +23,8 @@ class Media(DropboxStorage):
 assert_type(storage.open("a"), DropboxFile[bytes])
 assert_type(storage.open("a", "wb"), DropboxFile[bytes])
 assert_type(storage.open("a", "r"), DropboxFile[str])
+assert_type(storage.open("a", "r+b"), DropboxFile[bytes])
+assert_type(storage.open("a", "a"), DropboxFile[str])
 assert_type(storage.open("a").read(), bytes)
 assert_type(storage.open("a", "r").read(5), str)
 with storage.open("a", "w") as file:
@@ -34,6 +36,7 @@ assert_type(storage.get_modified_time("a"), datetime)
 assert_type(storage.size("a"), int)
 assert_type(storage.url(None), str)
 assert_type(DropboxStorageException("text").reason, str)
+assert_type(DropboxStorageException("text").temporary, bool)
 storage.CHUNK_SIZE = 8 * 1024 * 1024
 refreshing.client = storage.client
 assert_type(storage.client.files_list_revisions("/a").entries[0].rev, Any)
@@ -46,8 +49,7 @@ DropboxStorage(write_mode="append")  # type: ignore[arg-type]  # pyright: ignore
 DropboxStorage(timeout="9")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 DropboxStorage("a", "b")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 storage.write_mode = "append"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
-storage.open("a", "r+")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
+storage.open("a", "rw")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
 storage.open("a").write("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 storage.open("a", "w").write(b"x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 storage.exists(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-storage.client = 5  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
