@@ -125,7 +125,7 @@ TRANSIENT = ("too_many_write_operations", "content_hash_mismatch")
 # What to do about the other reasons, by a word of Dropbox's answer.
 HINTS = {
     EXPIRED: "'sl.' tokens live four hours; set oauth2_refresh_token",
-    "invalid_access_token": "the token is wrong, revoked or of another app",
+    "invalid_access_token": "oauth2_access_token is wrong, revoked or of another app",
     "invalid_grant": "oauth2_refresh_token is wrong, revoked or of another app",
     "invalid_client": "app_key and app_secret must be of the app that was authorized",
     "missing_scope": "tick it under Permissions in the App Console, authorize again",
@@ -136,8 +136,8 @@ HINTS = {
     "sandbox app": "an app with an App folder cannot use namespace_id",
     "insufficient_space": "the account is full; free or buy space",
     "no_write_permission": "the account may only read there; change root_path",
-    "disallowed_name": "Dropbox reserves that name; get_valid_name() changes it",
-    "malformed_path": "backslash, NUL, DEL, a space at an end, over 255 or an emoji?",
+    "disallowed_name": "Dropbox reserves that name; get_valid_name() mends it",
+    "malformed_path": "no backslash, NUL, DEL, space at an end; at most 255; no emoji?",
     "too_many_files": "the folder is too large; delete its files in several steps",
     "team_folder": "a team folder is changed in the team's Admin Console",
     "operation_suppressed": "Dropbox blocks this now; look into the account's web site",
@@ -202,7 +202,7 @@ class _Option:
         try:
             return self._clean(value, *self._allowed)
         except ValueError as error:
-            found = "another value" if self.is_secret else repr(value)
+            found = "something else" if self.is_secret else repr(value)
             message = f"{self.name} (or {self.setting}) must be {error}: found {found}."
         del value  # an error report shows this frame
         raise ImproperlyConfigured(message)
@@ -400,8 +400,8 @@ class DropboxStorage(django_storage.Storage):
         vars(self).update(options, _kept={})
         del oauth2_access_token, options  # an error report shows this frame
         if unknown:
-            known = f"the options are {', '.join(sorted(OPTIONS))}"
-            raise ImproperlyConfigured(f"Unknown option {unknown}; {known}.")
+            known = ", ".join(sorted(OPTIONS))
+            raise ImproperlyConfigured(f"Unknown option {unknown}; there are {known}.")
         if hasattr(self, "location"):  # the name that django-storages once used
             raise ImproperlyConfigured("location is called root_path here; rename it.")
         for option in OPTIONS.values():
@@ -598,7 +598,7 @@ class DropboxStorage(django_storage.Storage):
         """Return the name relative to root_path, in NFC and with slashes; "" for it."""
         given = unicodedata.normalize("NFC", os.fspath(name).replace("\\", "/"))
         if re.search("[\0\ud800-\udfff]", given):
-            raise SuspiciousFileOperation(f"{given!r} holds NUL or a lone surrogate.")
+            raise SuspiciousFileOperation(f"{given!r} holds NUL or half a character.")
         clean = posixpath.normpath(given)
         if clean in (".", "/", "//"):
             return ""
@@ -1175,7 +1175,8 @@ class _Upload:
             if not self._is_committed(_failure(error)):
                 if self._mode != "update" or not isinstance(error, FileExistsError):
                     raise
-                message = f"{self.path!r} has changed meanwhile, and was left as it is."
+                changed = f"{self.path!r} has changed since it was looked at"
+                message = f"{changed}; it was left alone."
                 raise DropboxStorageException(message, "path/conflict/file") from error
         self._storage._forget_link(self._api, self.path)
 
