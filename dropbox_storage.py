@@ -652,26 +652,22 @@ class DropboxStorage(django_storage.Storage):
     def _link(self, path):
         """Return a temporary link and the time when it was made, in Unix seconds."""
         api, timeout = self._api, self._option("url_cache_timeout")
-        if not timeout:
-            return self._make_link(api, path)
         # Everybody who finds no link stores or finds a mark. Saving and deleting remove
         # it. So a link that was made meanwhile, of the old file, is not kept.
         key, mark = api.link_key(path), os.urandom(16).hex()
-        found = self._use_cache("get_or_set", key, mark, timeout)
+        found = timeout and self._use_cache("get_or_set", key, mark, timeout)
+        is_kept = found is not None and bool(timeout)
         if _is_link(found):
             return found
         try:
-            link = self._make_link(api, path)
+            link = api.call("files/get_temporary_link", path).link, time.time()
         except BaseException:
-            if found is not None:
+            if is_kept:
                 self._use_cache("delete", key)
             raise
-        if found is not None and self._use_cache("get", key) == found:
+        if is_kept and self._use_cache("get", key) == found:
             self._use_cache("set", key, link, timeout)
         return link
-
-    def _make_link(self, api, path):
-        return api.call("files/get_temporary_link", path).link, time.time()
 
     def _forget_link(self, api, path):
         if self._option("url_cache_timeout"):
@@ -1138,13 +1134,9 @@ class _Upload:
             start = self._call("files/upload_session/start", io.BytesIO(), False, kind)
             self._session = start.session_id
         if len(self._sending) == self._storage.CONNECTIONS:
-            self._await_oldest()
+            self._content.append(self._sending.pop(0).result())
         self._sending.append(_in_background(self._append, self._offset, piece))
         self._offset += piece.tell()
-
-    def _await_oldest(self):
-        self._content.append(self._sending[0].result())
-        del self._sending[0]
 
     def _append(self, offset, piece, close=False):
         """Send a piece of the session; return its hash."""
@@ -1188,7 +1180,7 @@ class _Upload:
     def _finish_session(self):
         if self._last:
             while self._sending:  # a closed session takes no more pieces
-                self._await_oldest()
+                self._content.append(self._sending.pop(0).result())
             self._content.append(self._append(self._offset, self._last, close=True))
             self._last = None
         cursor = self._files.UploadSessionCursor(self._session, self._content.size)
