@@ -232,8 +232,9 @@ class _Option:
 
 def _text(value):
     # An unset environment variable often arrives as an empty string.
-    allowed = r"[!#-&(-[\]-~]+"
-    if value and not (isinstance(value, str) and re.fullmatch(allowed, value)):
+    if value and not (
+        isinstance(value, str) and re.fullmatch(r"[!#-&(-[\]-~]+", value)
+    ):
         raise ValueError("printable ASCII without spaces, quotes and backslashes")
     return value or None
 
@@ -262,9 +263,10 @@ def _seconds(value, least, most):
 
 
 def _one_of(value, choices):
-    if value in choices():
+    choices = getattr(settings, choices) if isinstance(choices, str) else choices
+    if value in choices:
         return value
-    raise ValueError(f"one of {', '.join(map(repr, choices()))}")
+    raise ValueError(f"one of {', '.join(map(repr, choices))}")
 
 
 class _Connection:
@@ -306,8 +308,7 @@ class _Connection:
             headers=headers,
             timeout=self.timeout,
             session=dropbox.create_session(max_connections=POOL_SIZE),
-            max_retries_on_error=0,
-            max_retries_on_rate_limit=0,
+            **dict.fromkeys(("max_retries_on_error", "max_retries_on_rate_limit"), 0),
         )
 
 
@@ -330,10 +331,6 @@ def _mend(part):
     part = (root[: max(1, MAX_NAME - len(extension))] + extension)[:MAX_NAME]
     part = part.rstrip(". ")
     return f"_{part}" if part.lower() in ("", *RESERVED_NAMES) else part
-
-
-def _is_file(metadata):
-    return hasattr(metadata, "rev")
 
 
 @deconstructible
@@ -365,13 +362,11 @@ class DropboxStorage(django_storage.Storage):
     max_wait = _Option("DROPBOX_MAX_WAIT", 60, _seconds, 0, 86400)
     # What save() does if the name is taken. "add": chooses another name; "overwrite":
     # replaces the file; "update": replaces it unless somebody changes it meanwhile.
-    write_mode = _Option("DROPBOX_WRITE_MODE", "add", _one_of, lambda: WRITE_MODES)
+    write_mode = _Option("DROPBOX_WRITE_MODE", "add", _one_of, WRITE_MODES)
     # If it is set, url() joins it with the name and sends no request; see serve().
     base_url = _Option("DROPBOX_BASE_URL", None, _url)
     # The alias in CACHES of the cache that keeps the temporary links.
-    url_cache = _Option(
-        "DROPBOX_URL_CACHE", "default", _one_of, lambda: settings.CACHES
-    )
+    url_cache = _Option("DROPBOX_URL_CACHE", "default", _one_of, "CACHES")
     # Seconds that a link is kept there. 0 or None: not at all.
     url_cache_timeout = _Option(
         "DROPBOX_URL_CACHE_TIMEOUT", 3600, _seconds, 0, LINK_LIFE
@@ -562,8 +557,8 @@ class DropboxStorage(django_storage.Storage):
     def listdir(self, path):
         folder = f"{self._root}/{self._clean_name(path)}".rstrip("/")
         entries = self._list_folder(folder)
-        folders = [entry.name for entry in entries if not _is_file(entry)]
-        return folders, [entry.name for entry in entries if _is_file(entry)]
+        folders = [entry.name for entry in entries if not hasattr(entry, "rev")]
+        return folders, [entry.name for entry in entries if hasattr(entry, "rev")]
 
     def size(self, name):
         return self._file_metadata(name).size
@@ -589,8 +584,9 @@ class DropboxStorage(django_storage.Storage):
     def get_modified_time(self, name):
         modified = self._file_metadata(name).server_modified
         seconds = modified.replace(tzinfo=timezone.utc).timestamp()
-        zone = timezone.utc if settings.USE_TZ else None
-        return datetime.fromtimestamp(seconds, zone)
+        return datetime.fromtimestamp(
+            seconds, timezone.utc if settings.USE_TZ else None
+        )
 
     # Names and metadata
 
@@ -620,7 +616,7 @@ class DropboxStorage(django_storage.Storage):
     def _file_metadata(self, name):
         path = self._path(name)
         metadata = self._api.call("files/get_metadata", path)
-        if _is_file(metadata):
+        if hasattr(metadata, "rev"):  # folders have none
             return metadata
         raise _os_error(errno.EISDIR, "not a file", path)
 
@@ -749,7 +745,11 @@ class DropboxFile(File):
         folder = settings.FILE_UPLOAD_TEMP_DIR
         self.file = tempfile.TemporaryFile(self.mode, encoding=encoding, dir=folder)
         if "a" in letters:
-            _append_only(self.file)
+            # open() sets this flag for a path, but not for a descriptor.
+            with contextlib.suppress(ImportError):  # on Windows
+                import fcntl
+
+                fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
         if download:
             with io.BufferedReader(download, READ_SIZE) as source:
                 with open(self.file.fileno(), "wb", closefd=False) as copy:
@@ -814,14 +814,6 @@ class DropboxFile(File):
         if not self._download:
             self._is_discarded = True
             self.close()
-
-
-def _append_only(file):
-    # open() sets this flag for a path, but not for a descriptor.
-    with contextlib.suppress(ImportError):  # on Windows
-        import fcntl
-
-        fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
 
 
 class _ContentHash:
@@ -1148,7 +1140,7 @@ class _Upload:
         except DropboxStorageException as error:
             # If a response was lost, the session may have the piece, and refuse it now.
             is_there = error.reason.endswith(("closed", "incorrect_offset"))
-            if not (is_there and _failure(error).is_lost):
+            if not (is_there and error.failure.is_lost):
                 raise
         return content
 
@@ -1164,7 +1156,7 @@ class _Upload:
             metadata = self._finish_session() if self._session else self._put_file()
             self._content.check(metadata, "files/upload", self.path)
         except (OSError, DropboxStorageException) as error:
-            if not self._is_committed(_failure(error)):
+            if not self._is_committed(getattr(error, "failure", _Failure(""))):
                 if self._mode != "update" or not isinstance(error, FileExistsError):
                     raise
                 changed = f"{self.path!r} has changed since it was looked at"
@@ -1203,7 +1195,7 @@ class _Upload:
                 api.max_wait = 0
             with contextlib.suppress(*NO_FILE, DropboxStorageException):
                 found = api.call("files/get_metadata", self.path)
-                if _is_file(found) and self._content.matches(found):
+                if hasattr(found, "rev") and self._content.matches(found):
                     now = self._target["client_modified"]
                     return self._mode != "add" or found.client_modified == now
         return False
@@ -1236,11 +1228,6 @@ FIELDS = "reason text is_transient is_lost retry_after"
 _Failure = collections.namedtuple("_Failure", FIELDS, defaults=("", False, False, 0))
 
 
-def _failure(error):
-    """Return the failure that perform() has stored on the error, or an empty one."""
-    return getattr(error, "failure", _Failure(""))
-
-
 class _Api:
     """The way to Dropbox: the SDK client, its access token, and when to try again.
 
@@ -1258,13 +1245,9 @@ class _Api:
         """
         client = self.client
         digest = hashlib.sha256(repr((client._headers, path.encode().lower())).encode())
-        name = "_oauth2_refresh_token" if self.can_refresh else "_oauth2_access_token"
-        digest.update(str(getattr(client, name)).encode())
+        name = "refresh" if client._oauth2_refresh_token else "access"
+        digest.update(str(getattr(client, f"_oauth2_{name}_token")).encode())
         return f"dropbox_storage:{digest.hexdigest()}"
-
-    @property
-    def can_refresh(self):
-        return bool(self.client._oauth2_refresh_token)
 
     def request(self, headers=()):
         """Return a copy of the client for one request, with a live access token.
@@ -1346,7 +1329,8 @@ class _Api:
                     raise
                 now = time.monotonic()
                 failed_at, is_lost = failed_at or now, is_lost or failure.is_lost
-                is_expired = failure.reason == EXPIRED and self.can_refresh
+                can_refresh = bool(self.client._oauth2_refresh_token)
+                is_expired = failure.reason == EXPIRED and can_refresh
                 is_transient = failure.is_transient or is_expired
                 failure = failure._replace(is_lost=is_lost, is_transient=is_transient)
                 pause = _pause_after(failure, attempt, self.first_wait)
@@ -1404,9 +1388,6 @@ def _pause_after(failure, attempt, first_wait):
     """Return the seconds to wait: what Dropbox asks for, or twice as many each time."""
     backoff = min(MAX_PAUSE, first_wait * 2 ** min(attempt - 1, 99))
     return failure.retry_after or backoff * random.uniform(0.5, 1)
-
-
-# What a failure means
 
 
 # What the SDK raises for a response that it cannot decode.

@@ -4382,6 +4382,14 @@ class LeavingTests(StorageTestCase):
         with self.at_once(), self.assertRaises(ZeroDivisionError):
             account.storage().save("new", Broken(HUGE))
 
+    def test_attempts_of_an_upload_end_with_it(self):
+        self.account.fail("files/upload_session/append_v2", "503", times=999)
+        with self.assertRaises(ZeroDivisionError):
+            self.storage.save("new", Broken(HUGE))
+        calls = sum(self.account.calls.values())
+        self.ends_its_threads()
+        self.assertLess(sum(self.account.calls.values()) - calls, 30)
+
     def test_an_interrupt_while_it_waits_for_a_chunk(self):
         account = StallingAccount()
         account.stalling = ("files/upload_session/append_v2",)
