@@ -1070,23 +1070,27 @@ def _view(chunk):
 def _cut(chunks, size):
     """Yield the content as io.BytesIO objects of `size` bytes; the last may be smaller.
 
-    The first is up to twice as large, and alone if that is all. There is always one.
+    There is always one.
     """
-    piece, room = io.BytesIO(), 2 * size
+    piece, room = io.BytesIO(), size
     for view in map(_view, chunks):
         while view:
             if not room:
                 yield piece
                 piece, room = io.BytesIO(), size
+                piece.seek(size - 1)  # allocates it whole: growing would copy it
+                piece.write(b"\0")
+                piece.seek(0)
             count = piece.write(view[:room])
             view, room = view[count:], room - count
+    piece.truncate()
     yield piece
 
 
 class _Upload:
     """Content that becomes a file in Dropbox with commit().
 
-    A single piece is sent with the request that commits it. More pieces are sent while
+    Up to two pieces are sent with the request that commits them. More are sent while
     they come, with a concurrent upload session. Without a commit, Dropbox stays as it
     was: it forgets the session after some days.
 
@@ -1104,21 +1108,21 @@ class _Upload:
             self._target = {"mode": files.WriteMode.overwrite}
         elif revision:
             self._target["mode"] = files.WriteMode.update(revision)
-        self._content, self._last, self._is_closed = _ContentHash(), None, False
+        self._content, self._pieces, self._is_closed = _ContentHash(), [], False
         self._session, self._offset, self._sending = None, 0, []
 
     def close(self):
         """Let the background threads stop, and drop what has not been sent."""
-        self._is_closed, self._last, self._sending = True, None, []
+        self._is_closed, self._pieces, self._sending = True, [], []
 
     def send(self, chunks):
         """Send all pieces but the last one, which the end of a session needs."""
         most = MAX_REQUEST // 2 - HASH_BLOCK
         blocks = -(-min(self._storage.CHUNK_SIZE, most) // HASH_BLOCK)
         for piece in _cut(chunks, blocks * HASH_BLOCK):
-            if self._last:
-                self._send_in_background(self._last)
-            self._last = piece
+            self._pieces.append(piece)
+            while len(self._pieces) > (1 if self._session else 2):
+                self._send_in_background(self._pieces.pop(0))
 
     def _send_in_background(self, piece):
         if not self._session:
@@ -1165,16 +1169,20 @@ class _Upload:
         self._storage._forget_link(self._api, self.path)
 
     def _put_file(self):
-        self._content = _ContentHash(self._last.getbuffer())
+        first, *others = self._pieces
+        for piece in others:
+            first.write(piece.getvalue())
+        self._pieces, self._content = [first], _ContentHash(first.getbuffer())
         target = {**self._target, "content_hash": self._content.hexdigest()}
-        return self._call("files/upload", self._last, self.path, **target)
+        return self._call("files/upload", first, self.path, **target)
 
     def _finish_session(self):
-        if self._last:
+        if self._pieces:
             while self._sending:  # a closed session takes no more pieces
                 self._content.append(self._sending.pop(0).result())
-            self._content.append(self._append(self._offset, self._last, close=True))
-            self._last = None
+            last = self._append(self._offset, self._pieces[0], close=True)
+            self._content.append(last)
+            self._pieces = []
         cursor = self._files.UploadSessionCursor(self._session, self._content.size)
         commit = self._files.CommitInfo(self.path, **self._target)
         return self._call("files/upload_session/finish", io.BytesIO(), cursor, commit)
