@@ -4602,7 +4602,9 @@ class ManifestTests(StorageTestCase):
     def test_collectstatic_gives_hashed_names(self):
         backend = {"BACKEND": f"{__name__}.ManifestStorage"}
         with tempfile.TemporaryDirectory() as folder:
-            pathlib.Path(folder, "a.css").write_text("body { background: url(b.png) }")
+            pathlib.Path(folder, "a.css").write_bytes(
+                b"body { background: url(b.png) }"
+            )
             pathlib.Path(folder, "b.png").write_bytes(b"picture")
             with override_settings(
                 INSTALLED_APPS=["django.contrib.staticfiles"],
@@ -5000,7 +5002,9 @@ print(storages.Invoices().write_mode)
 class ReadmeTests(unittest.TestCase):
     def blocks(self, language):
         found = re.findall(
-            rf"^( *)```{language}\n(.*?)^ *```$", README.read_text(), re.M | re.S
+            rf"^( *)```{language}\n(.*?)^ *```$",
+            README.read_text(encoding="utf-8"),
+            re.M | re.S,
         )
         return [textwrap.dedent(block) for _, block in found]
 
@@ -5016,7 +5020,7 @@ class ReadmeTests(unittest.TestCase):
             cwd=self.folder,
             env=environment,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=False,
         )
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
@@ -5029,16 +5033,18 @@ class ReadmeTests(unittest.TestCase):
             call_command("startproject", "site_of_a_reader", folder, verbosity=0)
             app.mkdir()
             call_command("startapp", "docs", str(app), verbosity=0)
-            with (project / "settings.py").open("a") as file:
+            with (project / "settings.py").open("a", encoding="utf-8") as file:
                 file.write("INSTALLED_APPS += ['docs']\n")
             for block in self.blocks("python"):
                 name = re.match(r"# (\w+\.py)\n", block)[1]
                 home = project if name in ("settings.py", "urls.py") else app
-                with (home / name).open("a") as file:
+                with (home / name).open("a", encoding="utf-8") as file:
                     file.write(f"\n{block}")
                 if name == "models.py":
                     self.manage("makemigrations", "docs")
-            written = (app / "migrations" / "0001_initial.py").read_text()
+            written = (app / "migrations" / "0001_initial.py").read_text(
+                encoding="utf-8"
+            )
             self.assertIn("storage=docs.storages.Invoices()", written)
             self.assertIn("No changes", self.manage("makemigrations", "docs"))
             self.assertIn("OK", self.manage("test", "docs"))
@@ -5061,7 +5067,7 @@ class ReadmeTests(unittest.TestCase):
     def test_its_options_are_those_of_the_module(self):
         rows = re.findall(
             r"^\| `(\w+)` \| `(DROPBOX_\w+)` \| `?([^`|]*?)`? ?\|",
-            README.read_text(),
+            README.read_text(encoding="utf-8"),
             re.M,
         )
         for name, setting, default in rows:
@@ -5070,7 +5076,7 @@ class ReadmeTests(unittest.TestCase):
             self.assertEqual(eval(default.strip() or "None"), option.default)
         self.assertEqual({name for name, *_ in rows}, module.OPTIONS.keys())
         for name, value, unit in re.findall(
-            r"`([A-Z_]+)`\s\(([\d.]+)\s(MiB,)?", README.read_text()
+            r"`([A-Z_]+)`\s\(([\d.]+)\s(MiB,)?", README.read_text(encoding="utf-8")
         ):
             value = float(value) * (UNIT if unit else 1)
             self.assertEqual(getattr(DropboxStorage, name), value)
