@@ -3126,6 +3126,13 @@ class TokenTests(StorageTestCase):
         self.storage = self.account.storage(**REFRESHING)
 
     def test_threads_refresh_once(self):
+        token = self.account.token
+
+        def slow(form):  # so that all threads wait for the first one
+            time.sleep(0.1)
+            return token(form)
+
+        self.account.token = slow
         for _ in range(2):
             with self.account.counting() as calls, ThreadPoolExecutor(8) as pool:
                 for saved in pool.map(self.save, map(str, range(8))):
