@@ -149,7 +149,8 @@ HINTS = {
 
 # Words of the reasons that only the owner of the account or the app can mend. They are
 # logged as errors.
-OWNER_REASONS = ("access_token", "invalid", "scope", "suspended", "insufficient_space")
+OWNER_REASONS = ("access_token", "invalid_grant", "invalid_client", "select_user")
+OWNER_REASONS += ("missing_scope", "required scope", "suspended", "insufficient_space")
 
 
 class DropboxStorageException(Exception):
@@ -232,9 +233,8 @@ class _Option:
 
 def _text(value):
     # An unset environment variable often arrives as an empty string.
-    if value and not (
-        isinstance(value, str) and re.fullmatch(r"[!#-&(-[\]-~]+", value)
-    ):
+    allowed = r"[!#-&(-[\]-~]+"
+    if value and not (isinstance(value, str) and re.fullmatch(allowed, value)):
         raise ValueError("printable ASCII without spaces, quotes and backslashes")
     return value or None
 
@@ -263,6 +263,7 @@ def _seconds(value, least, most):
 
 
 def _one_of(value, choices):
+    # The choices, or the name of the setting that holds them.
     choices = getattr(settings, choices) if isinstance(choices, str) else choices
     if value in choices:
         return value
@@ -308,7 +309,8 @@ class _Connection:
             headers=headers,
             timeout=self.timeout,
             session=dropbox.create_session(max_connections=POOL_SIZE),
-            **dict.fromkeys(("max_retries_on_error", "max_retries_on_rate_limit"), 0),
+            max_retries_on_error=0,  # perform() alone repeats requests
+            max_retries_on_rate_limit=0,
         )
 
 
@@ -584,9 +586,8 @@ class DropboxStorage(django_storage.Storage):
     def get_modified_time(self, name):
         modified = self._file_metadata(name).server_modified
         seconds = modified.replace(tzinfo=timezone.utc).timestamp()
-        return datetime.fromtimestamp(
-            seconds, timezone.utc if settings.USE_TZ else None
-        )
+        zone = timezone.utc if settings.USE_TZ else None
+        return datetime.fromtimestamp(seconds, zone)
 
     # Names and metadata
 
@@ -640,7 +641,8 @@ class DropboxStorage(django_storage.Storage):
         except DropboxStorageException as error:
             if error.reason != "reset" or not may_restart:
                 raise
-            return self._list_folder(folder, False)  # the cursor has expired
+            # The cursor has expired.
+            return self._list_folder(folder, may_restart=False)
         return [*entries.values()]  # none if nothing has been saved yet
 
     # Links
@@ -651,17 +653,16 @@ class DropboxStorage(django_storage.Storage):
         # Everybody who finds no link stores or finds a mark. Saving and deleting remove
         # it. So a link that was made meanwhile, of the old file, is not kept.
         key, mark = api.link_key(path), os.urandom(16).hex()
-        found = timeout and self._use_cache("get_or_set", key, mark, timeout)
-        is_kept = found is not None and bool(timeout)
+        found = self._use_cache("get_or_set", key, mark, timeout) if timeout else None
         if _is_link(found):
             return found
         try:
             link = api.call("files/get_temporary_link", path).link, time.time()
         except BaseException:
-            if is_kept:
+            if found is not None:
                 self._use_cache("delete", key)
             raise
-        if is_kept and self._use_cache("get", key) == found:
+        if found is not None and self._use_cache("get", key) == found:
             self._use_cache("set", key, link, timeout)
         return link
 
@@ -1244,7 +1245,8 @@ class _Api:
 
     def __init__(self, client):
         self.client, self._token_lock, self._failures = client, threading.Lock(), 0
-        client._session.close()  # a forked process shares its sockets with the parent
+        # A forked process must not use the sockets that it shares with its parent.
+        client._session.close()
 
     def link_key(self, path):
         """The key in the cache: for this account, namespace, member and file.
@@ -1291,7 +1293,8 @@ class _Api:
                 request.check_and_refresh_access_token()
                 _copy_token(request, self.client)
             except BaseException as error:
-                self._failures += not isinstance(error, _BadResponse)
+                if not isinstance(error, _BadResponse):
+                    self._failures += 1
                 raise
             finally:
                 self._token_lock.release()
@@ -1310,7 +1313,8 @@ class _Api:
         used = request.headers.get("Authorization")
         if status == 401 and used == f"Bearer {self.client._oauth2_access_token}":
             self.client._oauth2_access_token_expiration = None  # the next one refreshes
-        error = HttpError(None, status, response.content.decode(errors="replace"))
+        number = response.headers.get("x-dropbox-request-id")
+        error = HttpError(number, status, response.content.decode(errors="replace"))
         error.retry_after = response.headers.get("Retry-After")
         raise error
 
@@ -1484,9 +1488,10 @@ def _error_for(failure, route, path, tried):
         message = f"{route} of {path!r} failed{tried}: {told}{''.join(hints[:1])}."
         error = DropboxStorageException(message, failure.reason, failure.is_transient)
     error.failure = failure
-    is_for_owner = any(word in told for word in OWNER_REASONS)
-    if is_for_owner or failure.is_transient:
-        logger.log(logging.ERROR if is_for_owner else logging.WARNING, "%s", error)
+    if failure.is_transient:
+        logger.warning("%s", error)
+    elif any(words in told for words in OWNER_REASONS):
+        logger.error("%s", error)
     return error
 
 
