@@ -9,9 +9,13 @@
         ...
     }
 
-README.md describes the options and what the storage does. A call goes this way:
+README.md describes the options and what the storage does. A call goes this way, and
+the parts of this file stand in the same order:
 
     Django -> DropboxStorage -> _Upload or _Download -> _Api -> SDK client -> Dropbox
+
+State has two places. A storage holds its options and, if you assign one, its client.
+A process holds the clients, their access tokens and their connections: see _Process.
 
 One rule explains much of the code. Debug pages and error trackers show the local
 variables of every function that an error passes through. Therefore no local variable
@@ -21,11 +25,14 @@ as io.BytesIO and memoryview.
 License: BSD-3-Clause.
 """
 
+import _thread
 import collections
 import contextlib
 import copy
 import errno
+import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -36,12 +43,11 @@ import random
 import re
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import unicodedata
-from concurrent.futures import Future
-from datetime import datetime, timezone
+import weakref
+from datetime import datetime, timedelta, timezone
 
 from django.conf import settings
 from django.core.cache import caches
@@ -51,6 +57,7 @@ from django.core.files.base import File
 from django.utils.deconstruct import deconstructible
 from django.utils.encoding import filepath_to_uri
 from django.utils.functional import Promise
+from django.utils.module_loading import import_string
 
 __all__ = ["DropboxFile", "DropboxStorage", "DropboxStorageException", "serve"]
 __version__ = "1.0.0"
@@ -68,6 +75,10 @@ HASH_BLOCK = 4 * MiB
 # https://www.dropbox.com/developers/documentation/http/documentation#files-upload
 MAX_REQUEST = 150 * MiB
 
+# Bytes. A new file of up to this size is sent without asking first whether its name is
+# taken: to send it twice takes less time than to ask.
+SMALL_FILE = 256 * 1024
+
 # Bytes that are read from a connection or a temporary file at a time.
 READ_SIZE = 128 * 1024
 
@@ -81,15 +92,28 @@ READ_BLOCK = 2 * MiB
 # Blocks of a file that are kept in memory, apart from the first.
 KEPT_BLOCKS = 8
 
+# Blocks read in order after which a reader is taken to want the rest of the file: 1, 2
+# and 4 blocks have been requested ahead by then.
+BLOCKS_IN_ORDER = 3
+
 # Bytes. If no more than this is left of a response, it is read to its end, which takes
 # less time than the TLS handshake of a new connection.
 DRAIN = 512 * 1024
 
-# Idle connections that a client keeps: enough for several threads with six requests.
-POOL_SIZE = 32
+# Bytes of a refusal that are read. Those of Dropbox have less than 1 KiB.
+MAX_REFUSAL = 64 * 1024
 
-# SDK clients that a storage keeps if its options change, as with one account a tenant.
-KEPT_CLIENTS = 16
+# Commits of an upload under one name, each of which was refused because it is taken.
+SAME_NAME_ATTEMPTS = 5
+
+# Idle connections to a host that a process keeps: 16 threads with six requests each.
+POOL_SIZE = 96
+
+# SDK clients that a process keeps, as with one account a tenant: about 2 KiB each.
+KEPT_CLIENTS = 1000
+
+# Seconds before the end of an access token in which it is refreshed, as the SDK does.
+REFRESH_EARLY = 300
 
 # Seconds. The longest pause between two attempts, unless Dropbox asks for a longer one.
 MAX_PAUSE = 15
@@ -97,60 +121,45 @@ MAX_PAUSE = 15
 # Characters of a name, and the names that Dropbox refuses in upper and lower case.
 # https://help.dropbox.com/organize/file-names
 MAX_NAME = 255
-RESERVED_NAMES = ("desktop.ini", "thumbs.db", ".ds_store", "icon\r", ".dropbox")
-RESERVED_NAMES += (".dropbox.attr",)
+RESERVED_NAMES = (
+    "desktop.ini",
+    "thumbs.db",
+    ".ds_store",
+    "icon\r",
+    ".dropbox",
+    ".dropbox.attr",
+)
 
-# Seconds that a temporary link is valid. A browser keeps a redirect to it for less.
+# Seconds that a temporary link is valid, and the most that it is kept in the cache, so
+# that a link which is handed out is valid for an hour at least.
 # https://www.dropbox.com/developers/documentation/http/documentation#files-get_temporary_link
 LINK_LIFE = 4 * 60 * 60
+MAX_LINK_AGE = 3 * 60 * 60
+
+# Seconds. A browser keeps a redirect to a link for this much less than the link lives.
 LINK_RESERVE = 60
+
+# Seconds in which a link must arrive after it was asked for. Else it is not cached.
+LINK_REQUEST_LIFE = 300
 
 WRITE_MODES = ("add", "overwrite", "update")
 
-EXPIRED = "expired_access_token"
-
+# Of two tokens that are set at the same place, the refresh token is used.
 CREDENTIALS = ("oauth2_access_token", "oauth2_refresh_token", "app_key", "app_secret")
 
-# The end of Dropbox's reason for each error that Python has a name for.
-OS_ERRORS = {
-    errno.ENOENT: ("path/not_found", "path_lookup/not_found"),
-    errno.EISDIR: ("path/not_file", "conflict/folder"),
-    errno.ENOTDIR: ("path/not_folder", "conflict/file_ancestor"),
-    errno.EEXIST: ("conflict/file",),
+# Kinds of parameters to which positional arguments belong.
+POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
+
+# What django-storages calls while its storage works, and what takes its place here.
+FOREIGN_HOOKS = {
+    "location": "it is called root_path here; rename it",
+    "get_default_settings": "set the options as class attributes or arguments",
+    "_full_path": "set root_path, or override generate_filename()",
+    "_chunked_upload": "override _save()",
 }
-
-# The end of the reasons after which the same request may succeed later.
-TRANSIENT = ("too_many_write_operations", "content_hash_mismatch")
-
-# What to do about the other reasons, by a word of Dropbox's answer.
-HINTS = {
-    EXPIRED: "'sl.' tokens live four hours; set oauth2_refresh_token",
-    "invalid_access_token": "oauth2_access_token is wrong, revoked or of another app",
-    "invalid_grant": "oauth2_refresh_token is wrong, revoked or of another app",
-    "invalid_client": "app_key and app_secret must be of the app that was authorized",
-    "missing_scope": "tick it under Permissions in the App Console, authorize again",
-    "required scope": "tick it under Permissions in the App Console, authorize again",
-    "user_suspended": "the account is suspended; its owner or team can reactivate it",
-    "invalid_select_user": "team_member_id must be a member of the app's team",
-    "no_permission": "the account has no access to namespace_id",
-    "sandbox app": "an app with an App folder cannot use namespace_id",
-    "insufficient_space": "the account is full; free or buy space",
-    "no_write_permission": "the account may only read there; change root_path",
-    "disallowed_name": "Dropbox reserves that name; get_valid_name() mends it",
-    "malformed_path": "no backslash, NUL, DEL, space at an end; at most 255; no emoji?",
-    "too_many_files": "the folder is too large; delete its files in several steps",
-    "team_folder": "a team folder is changed in the team's Admin Console",
-    "operation_suppressed": "Dropbox blocks this now; look into the account's web site",
-    "restricted_content": "Dropbox blocks this file for legal reasons",
-    "access_restricted": "the owner or the team restricts access to this file",
-    "unsupported_file": "a Paper document has no bytes and no links; export it",
-    "email_not_verified": "verify the account's e-mail address",
-}
-
-# Words of the reasons that only the owner of the account or the app can mend. They are
-# logged as errors.
-OWNER_REASONS = ("access_token", "invalid_grant", "invalid_client", "select_user")
-OWNER_REASONS += ("missing_scope", "required scope", "suspended", "insufficient_space")
 
 
 class DropboxStorageException(Exception):
@@ -159,12 +168,15 @@ class DropboxStorageException(Exception):
     The message names the route, the path, the reason and what to do about it. `reason`
     is Dropbox's own text for programs, such as "path/insufficient_space", "HTTP 400",
     or the name of a network error. `temporary` tells whether the same call may succeed
-    later. The exception of the SDK is the `__cause__`.
+    later; `retry_after` is the number of seconds that Dropbox asks to wait until then,
+    0 if it does not say. If Dropbox refused, the SDK's HttpError is the `__cause__`.
     """
 
-    def __init__(self, message, reason="", temporary=False):
+    def __init__(self, message, reason="", temporary=False, retry_after=0):
         super().__init__(message)
-        self.reason, self.temporary = reason, temporary
+        self.reason = reason
+        self.temporary = temporary
+        self.retry_after = retry_after
 
 
 def _os_error(code, detail, path):
@@ -172,58 +184,56 @@ def _os_error(code, detail, path):
     return OSError(code, f"{os.strerror(code)} in Dropbox ({detail})", path)
 
 
-# The options
-
+# -- Options ---------------------------------------------------------------------------
 
 OPTIONS = {}  # by name, as DropboxStorage declares them
 
 
 class _Option:
-    """An option of the storage, which is read from the settings when it is used.
+    """An option of the storage, which is checked and cleaned whenever it is used.
 
-    This is a non-data descriptor: a constructor argument (in the instance's __dict__)
-    and a class attribute of a subclass hide it. That is the order of precedence.
+    This is a non-data descriptor, so Python itself knows the order of precedence: a
+    property of a subclass; a constructor argument, which is in the __dict__ of the
+    instance; another attribute of a subclass; and at last the setting, found here.
     """
 
     def __init__(self, setting, default, clean, *allowed):
-        self.setting, self.default, self._clean = setting, default, clean
+        self.setting = setting
+        self.default = default
+        self._clean = clean
         self._allowed = allowed
 
     def __set_name__(self, owner, name):
-        self.name, self.is_secret = name, name in CREDENTIALS
+        self.name = name
         OPTIONS[name] = self
 
     def __get__(self, storage, owner=None):
         if storage is None:
             return self
-        return self.clean(getattr(settings, self.setting, self.default))
+        return getattr(settings, self.setting, self.default)
 
-    def clean(self, value):
-        """Return the value in the form that is used, or raise ImproperlyConfigured."""
+    def read(self, storage):
+        """Return the value as it is now, in the form that is used.
+
+        Raises ImproperlyConfigured for a wrong value.
+        """
+        value = getattr(storage, self.name)
         try:
             return self._clean(value, *self._allowed)
         except ValueError as error:
-            found = "something else" if self.is_secret else repr(value)
+            is_secret = self.name in CREDENTIALS
+            found = _describe_credential(value) if is_secret else repr(value)
             message = f"{self.name} (or {self.setting}) must be {error}: found {found}."
         del value  # an error report shows this frame
         raise ImproperlyConfigured(message)
 
     def is_computed(self, storage):
-        """Whether a property of a subclass computes the value when it is used."""
-        attribute = getattr(type(storage), self.name)
+        """Whether a property of a subclass computes the value, without asking it."""
+        attribute = inspect.getattr_static(type(storage), self.name)
         return attribute is not self and hasattr(attribute, "__get__")
 
-    def check(self, storage):
-        """Refuse a wrong value, and clean the value of the instance or its class."""
-        if not self.is_computed(storage):
-            storage._option(self.name)
-            # A class keeps its credentials: of two tokens, the nearer one is used.
-            is_inherited = getattr(type(storage), self.name) is self
-            if self.name in vars(storage) or not (is_inherited or self.is_secret):
-                vars(storage)[self.name] = storage._option(self.name)
-
-    def place(self, storage):
-        """Where the value is set: 0 for the instance, then one more for each class."""
+    def distance(self, storage):
+        """How far the value is set from the instance: 0, or 1 and more for classes."""
         places = [vars(storage), *map(vars, type(storage).__mro__)]
         return [self.name in place for place in places].index(True)
 
@@ -233,10 +243,20 @@ class _Option:
 
 def _text(value):
     # An unset environment variable often arrives as an empty string.
-    allowed = r"[!#-&(-[\]-~]+"
-    if value and not (isinstance(value, str) and re.fullmatch(allowed, value)):
-        raise ValueError("printable ASCII without spaces, quotes and backslashes")
-    return value or None
+    if not value:
+        return None
+    if isinstance(value, str) and re.fullmatch(r"[!#-&(-[\]-~]+", value):
+        return value
+    raise ValueError("printable ASCII without spaces, quotes and backslashes")
+
+
+def _describe_credential(value):
+    """Say what is wrong with a credential, and show nothing of it."""
+    if not isinstance(value, str):
+        return f"a value of type {type(value).__name__}"
+    if value != value.rstrip():
+        return "a line break or a blank at its end"
+    return "another character, which is not shown"
 
 
 def _root_path(value):
@@ -262,59 +282,87 @@ def _seconds(value, least, most):
     raise ValueError(f"None or a number of seconds from {least} to {most}")
 
 
+def _write_mode(value):
+    return _one_of(value, WRITE_MODES)
+
+
+def _cache_alias(value):
+    return _one_of(value, settings.CACHES)
+
+
 def _one_of(value, choices):
-    # The choices, or the name of the setting that holds them.
-    choices = getattr(settings, choices) if isinstance(choices, str) else choices
     if value in choices:
         return value
     raise ValueError(f"one of {', '.join(map(repr, choices))}")
 
 
-class _Connection:
+class _Account:
     """The options that make a client. It keeps them out of reports: it has no repr."""
 
     def __init__(self, storage):
-        names = (*CREDENTIALS, "timeout", "namespace_id", "team_member_id")
-        vars(self).update({name: storage._option(name) for name in names})
-        self.missing = [name for name in CREDENTIALS[1:] if not getattr(self, name)]
-        self.is_empty = len(self.missing) == 3 and not self.oauth2_access_token
+        for name in CREDENTIALS:
+            setattr(self, name, OPTIONS[name].read(storage))
+        self.timeout = OPTIONS["timeout"].read(storage)
+        self.namespace_id = OPTIONS["namespace_id"].read(storage)
+        self.team_member_id = OPTIONS["team_member_id"].read(storage)
 
+    @property
+    def is_empty(self):
+        return not any(getattr(self, name) for name in CREDENTIALS)
+
+    @property
     def digest(self):
-        """A key for this process and these options that does not show them."""
-        return hashlib.sha256(repr((os.getpid(), vars(self))).encode()).hexdigest()
+        """A key for these options that does not show them."""
+        return hashlib.sha256(repr(vars(self)).encode()).hexdigest()
 
-    def check(self, required):
+    def check(self):
         """Raise ImproperlyConfigured for credentials that cannot work together."""
         if str(self.oauth2_refresh_token).startswith("sl."):
             message = "is an access token; copy refresh_token from the same answer."
             raise ImproperlyConfigured(f"oauth2_refresh_token {message}")
-        if len(self.missing) in (1, 2) or (required and self.is_empty):
-            missing = " and ".join(f"{n} ({OPTIONS[n].setting})" for n in self.missing)
+        has_token = bool(self.oauth2_refresh_token or self.oauth2_access_token)
+        missing = [] if has_token else ["oauth2_refresh_token"]
+        if not self.app_key and (self.oauth2_refresh_token or missing):
+            missing.append("app_key")
+        if missing:
+            missing = [f"{name} ({OPTIONS[name].setting})" for name in missing]
             raise ImproperlyConfigured(
-                f"{missing} not set: set all three of oauth2_refresh_token, app_key, "
-                "app_secret, or else oauth2_access_token (DROPBOX_OAUTH2_TOKEN) alone."
+                f"{' and '.join(missing)} not set: set oauth2_refresh_token, app_key "
+                "and app_secret (an app that uses PKCE has no secret), or else "
+                "oauth2_access_token (DROPBOX_OAUTH2_TOKEN)."
             )
 
-    def make_client(self):
+    def choose_token(self, storage):
+        """Keep one of two tokens: the one that is set nearer to the instance."""
+        access, refresh = (OPTIONS[name].distance(storage) for name in CREDENTIALS[:2])
+        if self.oauth2_access_token and access < refresh:
+            self.oauth2_refresh_token = None
+        if self.oauth2_refresh_token:
+            self.oauth2_access_token = None
+
+    def make_client(self, session):
         import dropbox  # costs 0.25 s and 27 MB, too much for every management command
 
-        root = f'{{".tag": "namespace_id", "namespace_id": "{self.namespace_id}"}}'
-        headers = {"Dropbox-API-Path-Root": root} if self.namespace_id else {}
+        headers = {}
+        if self.namespace_id:
+            root = {".tag": "namespace_id", "namespace_id": self.namespace_id}
+            headers["Dropbox-API-Path-Root"] = json.dumps(root)
         if self.team_member_id:
             headers["Dropbox-API-Select-User"] = self.team_member_id
-        if not self.oauth2_refresh_token and self.oauth2_access_token.startswith("sl."):
-            logger.warning("oauth2_access_token: %s.", HINTS[EXPIRED])
+        if str(self.oauth2_access_token).startswith("sl."):
+            advice = "'sl.' tokens live four hours; set oauth2_refresh_token"
+            logger.warning("oauth2_access_token: %s.", advice)
         return dropbox.Dropbox(
             **{name: getattr(self, name) for name in CREDENTIALS},
             headers=headers,
             timeout=self.timeout,
-            session=dropbox.create_session(max_connections=POOL_SIZE),
-            max_retries_on_error=0,  # perform() alone repeats requests
+            session=session,
+            max_retries_on_error=0,  # _Api.perform() alone repeats requests
             max_retries_on_rate_limit=0,
         )
 
 
-# The storage
+# -- The storage -----------------------------------------------------------------------
 
 
 class _NoNameTaken(django_storage.Storage):
@@ -327,22 +375,15 @@ class _NoNameTaken(django_storage.Storage):
         return f"{file_root}{file_ext}"
 
 
-def _mend(part):
-    """Return a part of a name without what Dropbox refuses in it."""
-    root, extension = posixpath.splitext(part.replace("\x7f", "").rstrip(". "))
-    part = (root[: max(1, MAX_NAME - len(extension))] + extension)[:MAX_NAME]
-    part = part.rstrip(". ")
-    return f"_{part}" if part.lower() in ("", *RESERVED_NAMES) else part
-
-
 @deconstructible
 class DropboxStorage(django_storage.Storage):
     """Django's storage API for the files of a Dropbox account.
 
     Takes the options below as keyword arguments, and the access token as a positional
     one, too. Each option may also be a class attribute of a subclass or a setting.
-    Wrong values raise ImproperlyConfigured here, without a request. Missing credentials
-    raise it at the first request: a migration builds its storages without them.
+    Wrong values raise ImproperlyConfigured here, without a request; those of properties
+    raise it when they are used. Missing credentials raise it at the first request: a
+    migration builds its storages without them.
 
     A method that sends a request raises DropboxStorageException if Dropbox refuses it
     or cannot be reached, and FileNotFoundError, IsADirectoryError, NotADirectoryError
@@ -351,27 +392,28 @@ class DropboxStorage(django_storage.Storage):
 
     # An access token of the app. One that begins with "sl." is valid for four hours.
     oauth2_access_token = _Option("DROPBOX_OAUTH2_TOKEN", None, _text)
-    # Valid until it is revoked. With the app's key and secret it gives access tokens.
+    # Valid until it is revoked. With the app's key it gives access tokens.
     oauth2_refresh_token = _Option("DROPBOX_OAUTH2_REFRESH_TOKEN", None, _text)
     app_key = _Option("DROPBOX_APP_KEY", None, _text)
+    # An app that authorizes with PKCE has none.
     app_secret = _Option("DROPBOX_APP_SECRET", None, _text)
     # The folder that holds all files. It begins at the root of the app or the account.
     root_path = _Option("DROPBOX_ROOT_PATH", "/", _root_path)
     # Seconds without an answer after which a request has failed. None: no limit.
     timeout = _Option("DROPBOX_TIMEOUT", 100, _seconds, 0.001, 86400)
-    # Seconds after the first failure of a call in which it is attempted again. 0: one
-    # attempt; None: no limit.
+    # Seconds after the first failure of a request in which it is attempted again. 0:
+    # one attempt; None: no limit.
     max_wait = _Option("DROPBOX_MAX_WAIT", 60, _seconds, 0, 86400)
     # What save() does if the name is taken. "add": chooses another name; "overwrite":
     # replaces the file; "update": replaces it unless somebody changes it meanwhile.
-    write_mode = _Option("DROPBOX_WRITE_MODE", "add", _one_of, WRITE_MODES)
+    write_mode = _Option("DROPBOX_WRITE_MODE", "add", _write_mode)
     # If it is set, url() joins it with the name and sends no request; see serve().
     base_url = _Option("DROPBOX_BASE_URL", None, _url)
     # The alias in CACHES of the cache that keeps the temporary links.
-    url_cache = _Option("DROPBOX_URL_CACHE", "default", _one_of, "CACHES")
+    url_cache = _Option("DROPBOX_URL_CACHE", "default", _cache_alias)
     # Seconds that a link is kept there. 0 or None: not at all.
     url_cache_timeout = _Option(
-        "DROPBOX_URL_CACHE_TIMEOUT", 3600, _seconds, 0, LINK_LIFE
+        "DROPBOX_URL_CACHE_TIMEOUT", 3600, _seconds, 0, MAX_LINK_AGE
     )
     # The team folder or namespace in which root_path begins.
     namespace_id = _Option("DROPBOX_NAMESPACE_ID", None, _text)
@@ -390,24 +432,39 @@ class DropboxStorage(django_storage.Storage):
 
     _assigned_client = None
 
+    # These two are set in the copy of the storage with which save() works.
+    _max_length = None  # characters of the name
+    _assumes_free_name = False  # whether it is sent without asking if it is taken
+
     def __init__(self, oauth2_access_token=None, **options):
         if oauth2_access_token is not None:
             options["oauth2_access_token"] = oauth2_access_token
         unknown = ", ".join(sorted(options.keys() - OPTIONS.keys() - {"location"}))
-        vars(self).update(options, _kept={})
+        hooks = [hook for hook in FOREIGN_HOOKS if hasattr(type(self), hook)]
+        hooks += options.keys() & {"location"}
+        vars(self).update(options)
+        self._arguments = _without_credentials(self._arguments, self, vars(self))
         del oauth2_access_token, options  # an error report shows this frame
+        if hooks:
+            raise ImproperlyConfigured(
+                f"{hooks[0]} of {type(self).__name__} belongs to django-storages and "
+                f"would be ignored: {FOREIGN_HOOKS[hooks[0]]}."
+            )
         if unknown:
             known = ", ".join(sorted(OPTIONS))
             raise ImproperlyConfigured(f"Unknown option {unknown}; there are {known}.")
-        if hasattr(self, "location"):  # the name that django-storages once used
-            raise ImproperlyConfigured("location is called root_path here; rename it.")
-        for option in OPTIONS.values():
-            option.check(self)
-        if not any(OPTIONS[name].is_computed(self) for name in CREDENTIALS):
-            _Connection(self).check(required=False)
+        self._check_options()
 
-    def __getstate__(self):
-        return {**vars(self), "_kept": {}}
+    def _check_options(self):
+        """Raise ImproperlyConfigured for wrong options. Properties are not asked."""
+        computed = {name for name in OPTIONS if OPTIONS[name].is_computed(self)}
+        for name in OPTIONS.keys() - computed:
+            OPTIONS[name].read(self)
+        needed = {*CREDENTIALS, "timeout", "namespace_id", "team_member_id"}
+        if not computed & needed:
+            account = _Account(self)
+            if not account.is_empty:
+                account.check()
 
     @property
     def _constructor_args(self):
@@ -415,108 +472,99 @@ class DropboxStorage(django_storage.Storage):
 
         @deconstructible sets this attribute, and replaces deconstruct() in each class.
         """
-        args, kwargs = self._arguments
-        args = [None if self._holds_credential(arg) else arg for arg in args]
-        kwargs = {k: v for k, v in kwargs.items() if not self._holds_credential(v)}
-        return tuple(args) if any(arg is not None for arg in args) else (), kwargs
+        credentials = {}
+        for name in CREDENTIALS:
+            # A property may need a web request, which a migration does not have.
+            with contextlib.suppress(Exception):
+                credentials[name] = getattr(self, name)
+        return _without_credentials(self._arguments, self, credentials)
 
     @_constructor_args.setter
     def _constructor_args(self, arguments):
         self._arguments = arguments
 
-    def _holds_credential(self, value):
-        if isinstance(value, Promise):  # a lazy URL, which may not be known yet
-            return False
-        for name in CREDENTIALS:
-            # A property may need a web request, which a migration does not have.
-            with contextlib.suppress(Exception):
-                if getattr(self, name) and repr(getattr(self, name)) in repr(value):
-                    return True
-        return False
-
     def _option(self, name):
-        """Return the option's value, cleaned also if a property computes it."""
-        return OPTIONS[name].clean(getattr(self, name))
-
-    def _keep(self, key, make):
-        """Return the object that is kept under the key, or keep the one that is made.
-
-        setdefault() makes this safe in threads. In a forked process, the keys differ.
-        """
-        kept = self._kept.get(key) or self._kept.setdefault(key, make())
-        for old in [*self._kept][: -2 * KEPT_CLIENTS]:  # each client has an _Api, too
-            self._kept.pop(old, None)
-        return kept
+        return OPTIONS[name].read(self)
 
     @property
     def client(self):
         """The dropbox.Dropbox that sends the requests.
 
-        It is made when it is first used, once per process and set of options. You may
-        assign another one, which then uses its own credentials.
+        It is made when it is first used, once per process and set of options, for all
+        storages. You may assign another one, which then uses its own credentials.
         """
-        if self._assigned_client:
-            return self._assigned_client
-        connection = self._connection()
-        return self._keep(connection.digest(), connection.make_client)
+        if self._assigned_client is not None:
+            return _process().adopt(self._assigned_client)
+        account = _Account(self)
+        if account.is_empty:
+            account = self._registered_account() or account
+        account.check()
+        account.choose_token(self)
+        return _process().client(account)
 
     @client.setter
     def client(self, client):
         self._assigned_client = client
 
-    def _connection(self):
-        """Return the options for a client. Of two tokens, the nearer one is used."""
-        connection = _Connection(self)
-        if connection.is_empty:
-            connection = self._registered_connection() or connection
-        connection.check(required=True)
-        access, refresh = (OPTIONS[name].place(self) for name in CREDENTIALS[:2])
-        if connection.oauth2_access_token and access < refresh:
-            vars(connection).update(dict.fromkeys(CREDENTIALS[1:]))
-        return connection
-
-    def _registered_connection(self):
-        """Return the connection of the storage in STORAGES that is equal to this one.
+    def _registered_account(self):
+        """Return the account of the storage in STORAGES that is equal to this one.
 
         Apps pass deconstruct() to a task, which builds the storage again; credentials
         are not in it. Nothing is returned if equal storages have several accounts.
         """
-        backend = f"{type(self).__module__}.{type(self).__qualname__}"
-        entries = getattr(settings, "STORAGES", {}).items()
-        aliases = [alias for alias, entry in entries if entry.get("BACKEND") == backend]
-        storages = [django_storage.storages[alias] for alias in aliases]
-        equal = [one for one in storages if one.deconstruct() == self.deconstruct()]
-        found = [one for one in map(_Connection, equal) if not one.is_empty]
-        return found[0] if len({one.digest() for one in found}) == 1 else None
+        handler = getattr(django_storage, "storages", None)  # since Django 4.2
+        entries = handler.backends if handler else {}
+        aliases = [alias for alias in entries if self._is_built_by(entries[alias])]
+        wanted = self.deconstruct()[1:]
+        equal = [
+            handler[alias]
+            for alias in aliases
+            if handler[alias].deconstruct()[1:] == wanted
+        ]
+        accounts = [account for account in map(_Account, equal) if not account.is_empty]
+        return accounts[0] if len({one.digest for one in accounts}) == 1 else None
+
+    def _is_built_by(self, entry):
+        """Whether the entry of STORAGES has this class, under whatever path."""
+        # Another backend may not be installed.
+        with contextlib.suppress(ImportError, ImproperlyConfigured):
+            return import_string(entry.get("BACKEND", "")) is type(self)
+        return False
 
     @property
     def _api(self):
         """The way to Dropbox, with the options as they are now."""
-        client = self.client
-        api = self._keep((os.getpid(), id(client)), lambda: _Api(client))
         max_wait = self._option("max_wait")
-        api.max_wait = float("inf") if max_wait is None else max_wait
-        api.first_wait = self.FIRST_WAIT
-        return api
+        if max_wait is None:
+            max_wait = float("inf")
+        return _Api(self.client, max_wait, self.FIRST_WAIT)
 
     def _open(self, name, mode="rb"):
         return DropboxFile(name, self, mode)
 
+    def save(self, name, content, max_length=None):
+        if self._option("write_mode") != "add":
+            return super().save(name, content, max_length)
+        if not hasattr(content, "chunks"):
+            content = File(content, name)
+        # A copy, which costs nothing, can tell _save() what only this method knows.
+        storage = copy.copy(self)
+        storage._max_length = max_length
+        storage._assumes_free_name = self._names_itself() and _is_small(content)
+        return super(DropboxStorage, storage).save(name, content, max_length)
+
     def _save(self, name, content):
-        name, mode = self._clean_name(name), self._option("write_mode")
+        self._assumes_free_name = False  # if it is taken, look for a free one
+        name = self._clean_name(name)
+        mode = self._option("write_mode")
         revision = self._find_revision(name) if mode == "update" else None
-        upload = _Upload(self, self._path(name), mode, revision)
+        upload = self._start_upload(self._path(name), mode, revision)
         with contextlib.closing(upload):
             upload.send(content.chunks())
-            while True:
-                try:
-                    upload.commit()
-                    return name
-                except (FileExistsError, IsADirectoryError):
-                    taken, name = name, self._clean_name(self.get_available_name(name))
-                    if mode != "add" or name == taken:
-                        raise
-                    upload.path = self._path(name)
+            if mode == "add":
+                return self._commit_under_free_name(upload, name)
+            self._commit(upload)
+            return name
 
     def generate_filename(self, filename):
         """Also changes in each folder of the name what Dropbox refuses."""
@@ -538,16 +586,22 @@ class DropboxStorage(django_storage.Storage):
     def get_available_name(self, name, max_length=None):
         if self._option("write_mode") != "add":
             return _NoNameTaken().get_available_name(name, max_length)
+        is_too_long = max_length and len(str(name)) > max_length
+        if self._assumes_free_name and not is_too_long:
+            return _NoNameTaken().get_available_name(name)
         return super().get_available_name(name, max_length)
 
     def delete(self, name):
         """Delete the file if it exists, or the folder with all that is in it."""
         if not name:
             raise ValueError("The name must be given to delete().")
-        api, path = self._api, self._path(name)
-        with contextlib.suppress(FileNotFoundError):
-            api.call("files/delete_v2", path)
-        self._forget_link(api, path)
+        path = self._path(name)
+        api = self._api
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                api.call("files/delete_v2", path)
+        finally:
+            self._cached_link(api, path).forget()
 
     def exists(self, name):
         if not self._clean_name(name):
@@ -560,7 +614,8 @@ class DropboxStorage(django_storage.Storage):
         folder = f"{self._root}/{self._clean_name(path)}".rstrip("/")
         entries = self._list_folder(folder)
         folders = [entry.name for entry in entries if not hasattr(entry, "rev")]
-        return folders, [entry.name for entry in entries if hasattr(entry, "rev")]
+        files = [entry.name for entry in entries if hasattr(entry, "rev")]
+        return folders, files
 
     def size(self, name):
         return self._file_metadata(name).size
@@ -573,14 +628,15 @@ class DropboxStorage(django_storage.Storage):
         """
         base_url = self._option("base_url")
         if base_url is not None:
-            path = (filepath_to_uri(name) or "").lstrip("/")
+            path = filepath_to_uri(_spell(str(name or ""))).lstrip("/")
             return f"{str(base_url).rstrip('/')}/{path}"
         if not name:
             raise ValueError("The name must be given to url().")
         try:
-            return self._link(self._path(name))[0]
+            return self._link(self._path(name))
         except FileNotFoundError:
-            logger.warning("No link to %r: it is not in %r.", name, self.root_path)
+            root = self._option("root_path")
+            logger.warning("No link to %r: it is not in %r.", name, root)
             return f"about:invalid#{filepath_to_uri(self._clean_name(name))}"
 
     def get_modified_time(self, name):
@@ -589,18 +645,53 @@ class DropboxStorage(django_storage.Storage):
         zone = timezone.utc if settings.USE_TZ else None
         return datetime.fromtimestamp(seconds, zone)
 
-    # Names and metadata
+    # -- Transfers, names and metadata --
+
+    def _names_itself(self):
+        """Whether nobody overrides the methods that decide on a new name."""
+        names = ("exists", "get_available_name", "is_name_available", "_save")
+        return all(
+            getattr(getattr(self, name, None), "__func__", None)
+            is getattr(DropboxStorage, name, None)
+            for name in names
+        )
+
+    def _start_upload(self, path, mode, revision):
+        connections = max(1, self.CONNECTIONS)
+        return _Upload(self._api, path, mode, revision, self.CHUNK_SIZE, connections)
+
+    def _commit(self, upload):
+        try:
+            upload.commit()
+        finally:
+            self._cached_link(upload.api, upload.path).forget()
+
+    def _commit_under_free_name(self, upload, name):
+        """Commit under the name, or another one if it is taken; return the name."""
+        refusals = collections.Counter()
+        while True:
+            try:
+                self._commit(upload)
+                return name
+            except (FileExistsError, IsADirectoryError):
+                # A name that was taken may be free again, but not for ever.
+                refusals[name] += 1
+                if refusals[name] == SAME_NAME_ATTEMPTS:
+                    raise
+            free_name = self.get_available_name(name, max_length=self._max_length)
+            name = self._clean_name(free_name)
+            upload.path = self._path(name)
 
     def _clean_name(self, name):
         """Return the name relative to root_path, in NFC and with slashes; "" for it."""
-        given = unicodedata.normalize("NFC", os.fspath(name).replace("\\", "/"))
-        if re.search("[\0\ud800-\udfff]", given):
-            raise SuspiciousFileOperation(f"{given!r} holds NUL or half a character.")
-        clean = posixpath.normpath(given)
-        if clean in (".", "/", "//"):
+        if re.search("[\0\ud800-\udfff]", os.fspath(name)):
+            raise SuspiciousFileOperation(f"{name!r} holds NUL or half a character.")
+        clean = _spell(name).rstrip("/")
+        if clean in ("", "."):
             return ""
         if f"{clean}/".startswith(("/", "../")):
-            raise SuspiciousFileOperation(f"{given!r} is outside {self.root_path!r}.")
+            root = self._option("root_path")
+            raise SuspiciousFileOperation(f"{name!r} is outside {root!r}.")
         return clean
 
     @property
@@ -612,7 +703,9 @@ class DropboxStorage(django_storage.Storage):
         """Return the absolute path of a name, which must not be the root."""
         if clean := self._clean_name(name):
             return f"{self._root}/{clean}"
-        raise _os_error(errno.EISDIR, "the root of all files", self.root_path)
+        raise _os_error(
+            errno.EISDIR, "the root of all files", self._option("root_path")
+        )
 
     def _file_metadata(self, name):
         path = self._path(name)
@@ -628,7 +721,8 @@ class DropboxStorage(django_storage.Storage):
 
     def _list_folder(self, folder, may_restart=True):
         """Return the metadata of the files and folders in the folder."""
-        api, entries = self._api, {}
+        api = self._api
+        entries = {}
         try:
             page = api.call("files/list_folder", folder)
             _add_page(entries, page)
@@ -637,53 +731,130 @@ class DropboxStorage(django_storage.Storage):
                 _add_page(entries, page)
         except FileNotFoundError:
             if folder != self._root:
-                raise
+                raise  # the root is there with the first file that is saved
         except DropboxStorageException as error:
-            if error.reason != "reset" or not may_restart:
+            if not (may_restart and _has_words(error.reason, "reset")):
                 raise
             # The cursor has expired.
             return self._list_folder(folder, may_restart=False)
-        return [*entries.values()]  # none if nothing has been saved yet
+        return [*entries.values()]
 
-    # Links
+    def _start_download(self, path):
+        return _Download(self._api, path, max(1, self.CONNECTIONS))
+
+    # -- Links --
 
     def _link(self, path):
-        """Return a temporary link and the time when it was made, in Unix seconds."""
-        api, timeout = self._api, self._option("url_cache_timeout")
-        # Everybody who finds no link stores or finds a mark. Saving and deleting remove
-        # it. So a link that was made meanwhile, of the old file, is not kept.
-        key, mark = api.link_key(path), os.urandom(16).hex()
-        found = self._use_cache("get_or_set", key, mark, timeout) if timeout else None
-        if _is_link(found):
-            return found
-        try:
-            link = api.call("files/get_temporary_link", path).link, time.time()
-        except BaseException:
-            if found is not None:
-                self._use_cache("delete", key)
-            raise
-        if found is not None and self._use_cache("get", key) == found:
-            self._use_cache("set", key, link, timeout)
+        """Return a temporary link to the file, from the cache if it has one."""
+        api = self._api
+        cached = self._cached_link(api, path)
+        link = cached.find()
+        if link is None:
+            cached.mark_request()
+            try:
+                link = api.call("files/get_temporary_link", path).link
+            except BaseException:
+                cached.forget()
+                raise
+            cached.keep(link)
         return link
 
-    def _forget_link(self, api, path):
-        if self._option("url_cache_timeout"):
-            self._use_cache("delete", api.link_key(path))
+    def _cached_link(self, api, path):
+        timeout = self._option("url_cache_timeout")
+        cache = caches[self._option("url_cache")] if timeout else None
+        return _CachedLink(cache, timeout, api.client, path)
 
-    def _use_cache(self, method, *args):
+
+def _without_credentials(arguments, storage, credentials):
+    """Return (args, kwargs) of a constructor without what holds one of the credentials.
+
+    Arguments are left out by the name of their parameter, and by their value, at any
+    depth.
+    """
+    args, kwargs = arguments
+    secrets = [repr(credentials[name]) for name in CREDENTIALS if credentials.get(name)]
+    parameters = inspect.signature(type(storage).__init__).parameters.values()
+    names = [one.name for one in parameters if one.kind in POSITIONAL]
+    hidden = [
+        name in CREDENTIALS or _holds_any(value, secrets)
+        for value, name in itertools.zip_longest(args, names[1 : len(args) + 1])
+    ]
+    while hidden and hidden[-1]:
+        hidden.pop()
+    args = [None if is_hidden else one for one, is_hidden in zip(args, hidden)]
+    kwargs = {
+        name: value
+        for name, value in kwargs.items()
+        if name not in CREDENTIALS and not _holds_any(value, secrets)
+    }
+    return tuple(args), kwargs
+
+
+def _holds_any(value, secrets):
+    if isinstance(value, Promise):  # a lazy URL, which may not be known yet
+        return False
+    try:
+        text = repr(value)
+    except Exception:  # nobody knows what it holds
+        return True
+    return any(secret in text for secret in secrets)
+
+
+class _CachedLink:
+    """The temporary link to one file in Django's cache.
+
+    A request for a link is marked in the cache. Saving and deleting remove the mark.
+    Therefore a link to the old file, which arrives after that, is not kept. If the
+    cache is down, that is logged once, and there is no cache.
+    """
+
+    def __init__(self, cache, timeout, client, path):
+        self._cache = cache  # None if there is none, or if it is down
+        self._timeout = timeout
+        self._key = _link_key(client, path)
+        self._mark_key = f"{self._key}:request"
+        self._mark = None
+
+    def find(self):
+        """Return the link, or None if there is none."""
+        link = self._use("get", self._key)
+        return link if str(link).startswith("https://") else None
+
+    def mark_request(self):
+        """Call this before asking for the link. Several requests share a mark."""
+        mark = os.urandom(16).hex()
+        self._mark = self._use("get_or_set", self._mark_key, mark, LINK_REQUEST_LIFE)
+
+    def keep(self, link):
+        self._use("set", self._key, link, self._timeout)
+        # The link is stored first: whoever removes the mark afterwards removes it, too.
+        if self._use("get", self._mark_key) != self._mark:
+            self._use("delete", self._key)
+
+    def forget(self):
+        self._use("delete_many", [self._mark_key, self._key])
+
+    def _use(self, method, *args):
         """Call the method of the cache. If it is down, log that and return None."""
-        cache = caches[self._option("url_cache")]
+        if self._cache is None:
+            return None
         try:
-            return getattr(cache, method)(*args)
+            return getattr(self._cache, method)(*args)
         except Exception as error:
             logger.warning("The cache of links failed: %s.", type(error).__name__)
+            self._cache = None
+            return None
 
 
-def _is_link(value):
-    """Whether this is a link with its time, and not a mark or anything else."""
-    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-    link, made = value if is_pair else ("", 0)
-    return str(link).startswith("https://") and isinstance(made, (int, float))
+def _link_key(client, path):
+    """The key in the cache: for the account, the namespace, the member and the file.
+
+    It folds ASCII letters alone: Dropbox's folding of other letters is unknown.
+    """
+    digest = hashlib.sha256(repr((client._headers, path.encode().lower())).encode())
+    name = "refresh" if client._oauth2_refresh_token else "access"
+    digest.update(str(getattr(client, f"_oauth2_{name}_token")).encode())
+    return f"dropbox_storage:{digest.hexdigest()}"
 
 
 def _add_page(entries, page):
@@ -696,7 +867,31 @@ def _add_page(entries, page):
             entries[path] = entry
 
 
-# Files
+def _is_small(content):
+    """Whether the content says that it is small. It need not be true."""
+    try:
+        return content.size <= SMALL_FILE
+    except Exception:  # it may have no size, or ask somebody else for it
+        return False
+
+
+def _spell(name):
+    """Return the name in NFC, with slashes, and without empty parts and '.'."""
+    name = unicodedata.normalize("NFC", os.fspath(name).replace("\\", "/"))
+    clean = posixpath.normpath(name) if name else ""
+    is_folder = name.endswith("/") and not clean.endswith("/")
+    return f"{clean}/" if is_folder else clean
+
+
+def _mend(part):
+    """Return a part of a name without what Dropbox refuses in it."""
+    root, extension = posixpath.splitext(part.replace("\x7f", "").rstrip(". "))
+    part = (root[: max(1, MAX_NAME - len(extension))] + extension)[:MAX_NAME]
+    part = part.rstrip(". ")
+    return f"_{part}" if part.lower() in ("", *RESERVED_NAMES) else part
+
+
+# -- Files -----------------------------------------------------------------------------
 
 
 class DropboxFile(File):
@@ -705,116 +900,213 @@ class DropboxFile(File):
     mode: as for Python's open(). Text is UTF-8. "r" and "rb" read what they need from
     Dropbox. The other modes work on a temporary file, which close() uploads: "r+" and
     "a" begin with the content of the file, and replace the revision that they read.
-    Nothing is uploaded if an exception has been raised since the file was opened.
+
+    close() uploads nothing after discard(), nor while an exception is handled that was
+    raised since the file was opened. Python knows that for each thread alone.
     """
 
-    file = _download = _upload = None
+    file = None
+    _download = None  # of a file that is open for reading
+    _draft = None  # of one that is open for writing
 
     def __init__(self, name, storage, mode="rb"):
-        self.name, self._storage, self.mode = os.fspath(name), storage, mode
-        self._open_stream()
+        self.name = os.fspath(name)
+        self._storage = storage
+        self._open_stream(mode)
 
-    def _open_stream(self):
-        letters = "".join(sorted(self.mode))
-        if not re.fullmatch(r"\+?(a[bt]?|b?[rwx]|rt|t[wx])", letters):
-            raise ValueError(f"{self.mode!r} is not a mode of open(), such as 'rb'.")
+    def _open_stream(self, mode):
+        """Open the file in Dropbox. Nothing is set before that has succeeded."""
+        letters = _check_mode(mode)
         path = self._storage._path(self.name)
-        encoding = None if "b" in letters else "utf-8"
-        self._handled, self._is_discarded = sys.exc_info()[1], False
-        self._download = None
         if letters in ("r", "br", "rt"):
-            self._download = _Download(self._storage, path)
-            file = io.BufferedReader(self._download, READ_SIZE)
-            self.file = io.TextIOWrapper(file, encoding) if encoding else file
+            download = self._storage._start_download(path)
+            file = io.BufferedReader(download, READ_SIZE)
+            self.file = file if "b" in letters else io.TextIOWrapper(file, "utf-8")
+            self._download = download
+            self._size = download.size
         else:
-            self._open_temporary(path, letters, encoding)
-
-    def _open_temporary(self, path, letters, encoding):
-        """Open a temporary file in this mode, and choose what the upload replaces."""
-        storage, mode, revision, download = self._storage, "update", None, None
-        if "w" in letters and storage._option("write_mode") != "update":
-            mode = "overwrite"
-        elif "w" in letters:
-            revision = storage._find_revision(self.name)
-        elif "r" in letters or storage.exists(self.name):
-            if "x" in letters:
-                raise _os_error(errno.EEXIST, f"mode {self.mode!r}", path)
-            download = _Download(storage, path)
-            revision = download.revision
-        elif "x" in letters:
-            mode = "add"
-        folder = settings.FILE_UPLOAD_TEMP_DIR
-        self.file = tempfile.TemporaryFile(self.mode, encoding=encoding, dir=folder)
-        if "a" in letters:
-            # open() sets this flag for a path, but not for a descriptor.
-            with contextlib.suppress(ImportError):  # on Windows
-                import fcntl
-
-                fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
-        if download:
-            with io.BufferedReader(download, READ_SIZE) as source:
-                with open(self.file.fileno(), "wb", closefd=False) as copy:
-                    copy.writelines(iter(lambda: source.read(READ_SIZE), b""))
-            self.file.seek(0, io.SEEK_END if "a" in letters else io.SEEK_SET)
-        self._upload = _Upload(storage, path, mode, revision)
+            draft = _Draft(self._storage, self.name, path, mode)
+            self.file = draft.handle
+            self._draft = draft
+        self.mode = mode
+        self._handled = sys.exc_info()[1]
+        self._is_abandoned = False
 
     @property
     def size(self):
         """In bytes: of the file when it was opened, or of what has been written."""
-        if self._download:
-            return self._download.size
-        if not self.closed:
-            self.file.flush()
-            self._size = os.fstat(self.file.fileno()).st_size
+        if self._draft is not None:
+            if not self.file.closed:
+                self.file.flush()
+            self._size = self._draft.size
         return self._size
 
     def open(self, mode=None):
-        """Open the file again, or go to its beginning if it is open; return it."""
+        """Open the file again, or go to its beginning if it is open; return it.
+
+        mode: if it is not given, the one before; but "w+" and "x+" become "r+".
+        """
         if not self.closed and mode in (None, self.mode):
             self.seek(0)
-        else:
-            self.close()
-            self.mode = mode or self.mode
-            self._open_stream()
+            return self
+        if mode is None:
+            mode = re.sub("[wx]", "r", self.mode) if "+" in self.mode else self.mode
+        _check_mode(mode)
+        self.close()
+        self._open_stream(mode)
         return self
 
     def close(self):
-        """Upload what was written, unless an exception was raised since the opening."""
-        if self.closed:
-            return
-        if sys.exc_info()[0] and sys.exc_info()[1] is not self._handled:
-            self._is_discarded = True
-        upload, self._upload, self._handled = self._upload, None, None
-        with contextlib.closing(self.file):
-            if self._download:
-                self._download.may_drain = not self._is_discarded
-            elif upload and self._is_discarded:
-                reason = "an exception came first, or nobody closed it"
-                logger.warning("%r is not saved: %s.", self.name, reason)
-            elif upload:
-                self._save(upload)
+        """Upload what was written; see the class for when this does not happen."""
+        if self._is_abandoned:
+            self._end(False, "nobody closed it")
+        elif self._is_since_opening(sys.exc_info()[1]):
+            self._end(False, "an exception came first")
+        else:
+            self._end(True)
 
-    def _save(self, upload):
-        self._size = self.size  # this also flushes the buffer
-        with open(self.file.fileno(), "rb", closefd=False) as content:
-            content.seek(0)
-            with contextlib.closing(upload):
-                upload.send(iter(lambda: content.read(READ_SIZE), b""))
-                upload.commit()
+    def discard(self):
+        """Close the file without uploading what was written, from whatever thread."""
+        self._end(False)
 
     def __exit__(self, exc_type, exc_value, traceback):
         # An exception that is handled outside the block does not matter.
-        self._handled, self._is_discarded = sys.exc_info()[1], exc_type is not None
-        self.close()
+        if exc_type is None:
+            self._end(True)
+        else:
+            self._end(False, "an exception came first")
 
     def _dealloc_warn(self, source):
         """C wrappers call this before they close the file because nobody uses it."""
-        self._is_discarded = True
+        self._is_abandoned = True
 
     def __del__(self):
-        if not self._download:
-            self._is_discarded = True
-            self.close()
+        if self._draft is not None:
+            self._end(False, "nobody closed it")
+
+    def _is_since_opening(self, error):
+        """Whether the error has come up since the file was opened."""
+        known = self._handled
+        while known is not None and known is not error:
+            known = known.__context__
+        return known is not error
+
+    def _end(self, saves, reason=None):
+        """Close the file, and upload what was written, or log the reason why not."""
+        draft, download = self._draft, self._download
+        self._draft = self._download = self._handled = None
+        if draft is not None:
+            with contextlib.closing(draft):
+                if saves:
+                    self._save(draft)
+                else:
+                    self._drop(draft, reason)
+        elif download is not None:
+            download.may_drain = saves
+            self.file.close()
+
+    def _save(self, draft):
+        self.file.close()  # which flushes it, also where a wrapper has closed it
+        self._size = draft.size
+        if draft.is_changed():
+            draft.upload.send(draft.chunks())
+            self._storage._commit(draft.upload)
+
+    def _drop(self, draft, reason):
+        with contextlib.suppress(OSError):  # what cannot be flushed is not needed
+            self.file.close()
+        self._size = draft.size
+        if reason:
+            logger.warning("%r is not saved: %s.", self.name, reason)
+
+
+def _check_mode(mode):
+    """Return the letters of the mode in alphabetical order, or raise ValueError."""
+    letters = "".join(sorted(mode))
+    if re.fullmatch(r"\+?(a[bt]?|b?[rwx]|rt|t[wx])", letters):
+        return letters
+    raise ValueError(f"{mode!r} is not a mode of open(), such as 'rb'.")
+
+
+class _Draft:
+    """What is written to a file until it is uploaded: a temporary file.
+
+    handle: what the user writes to. It has a descriptor of its own: whoever closes it,
+    as wrappers do, leaves the temporary file open.
+    upload: what will replace the file in Dropbox.
+    """
+
+    def __init__(self, storage, name, path, mode):
+        folder = settings.FILE_UPLOAD_TEMP_DIR
+        self._temporary = tempfile.TemporaryFile(buffering=0, dir=folder)
+        self._original = None  # the _ContentHash of the file in Dropbox, if it matters
+        try:
+            self.upload = self._find_target(storage, name, path, mode)
+            self.handle = self._open_handle(mode)
+        except BaseException:
+            self._temporary.close()
+            raise
+
+    def _find_target(self, storage, name, path, mode):
+        """Return an upload that replaces what the mode allows."""
+        if "w" in mode and storage._option("write_mode") != "update":
+            return storage._start_upload(path, "overwrite", None)
+        if "w" in mode:
+            revision = storage._find_revision(name)
+            return storage._start_upload(path, "update", revision)
+        if "x" in mode:
+            if storage.exists(name):
+                raise _os_error(errno.EEXIST, f"mode {mode!r}", path)
+            return storage._start_upload(path, "add", None)
+        try:
+            revision = self._fill(storage._start_download(path))
+        except FileNotFoundError:
+            if "a" not in mode:
+                raise
+            revision = None
+        return storage._start_upload(path, "update", revision)
+
+    def _fill(self, download):
+        """Copy what is downloaded to the temporary file; return its revision."""
+        with io.BufferedReader(download, READ_SIZE) as source:
+            with open(self._temporary.fileno(), "wb", closefd=False) as copy:
+                copy.writelines(iter(functools.partial(source.read, READ_SIZE), b""))
+            self._original = download.content
+        self._temporary.seek(0)
+        return download.revision
+
+    def _open_handle(self, mode):
+        descriptor = os.dup(self._temporary.fileno())
+        if "a" in mode:
+            # open() sets this flag for a path, but not for a descriptor.
+            with contextlib.suppress(ImportError):  # on Windows
+                import fcntl
+
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+        return open(descriptor, mode, encoding=None if "b" in mode else "utf-8")
+
+    @property
+    def size(self):
+        return os.fstat(self._temporary.fileno()).st_size
+
+    def is_changed(self):
+        """Whether it differs from the file in Dropbox with which it began."""
+        if self._original is None or self._original.size != self.size:
+            return True
+        content = _ContentHash()
+        buffer = memoryview(bytearray(READ_SIZE))
+        self._temporary.seek(0)
+        while count := self._temporary.readinto(buffer):
+            content.update(buffer[:count])
+        return content.hexdigest() != self._original.hexdigest()
+
+    def chunks(self):
+        self._temporary.seek(0)
+        return iter(functools.partial(self._temporary.read, READ_SIZE), b"")
+
+    def close(self):
+        self.upload.close()
+        self._temporary.close()
 
 
 class _ContentHash:
@@ -824,7 +1116,9 @@ class _ContentHash:
     """
 
     def __init__(self, data=b""):
-        self.size, self._digests, self._block = 0, bytearray(), hashlib.sha256()
+        self.size = 0
+        self._digests = bytearray()
+        self._block = hashlib.sha256()
         self.update(data)
 
     def update(self, data):
@@ -832,15 +1126,17 @@ class _ContentHash:
         while view:
             head = view[: HASH_BLOCK - self.size % HASH_BLOCK]
             self._block.update(head)
-            self.size, view = self.size + len(head), view[len(head) :]
+            self.size += len(head)
+            view = view[len(head) :]
             if self.size % HASH_BLOCK == 0:
                 self._digests += self._block.digest()
                 self._block = hashlib.sha256()
 
     def append(self, other):
         """Add what the other has hashed. This one must end with a whole block."""
-        self.size, self._block = self.size + other.size, other._block
+        self.size += other.size
         self._digests += other._digests
+        self._block = other._block
 
     def hexdigest(self):
         rest = self._block.digest() if self.size % HASH_BLOCK else b""
@@ -852,61 +1148,90 @@ class _ContentHash:
         hashes = (None, self.hexdigest())
         return metadata.size == self.size and metadata.content_hash in hashes
 
-    def check(self, metadata, route, path):
-        """Raise DropboxStorageException unless the metadata matches."""
-        if not self.matches(metadata):
-            message = f"{route} of {path!r} failed: Dropbox has other bytes."
-            raise DropboxStorageException(message, "content_hash_mismatch")
 
+class _Task:
+    """A call in a thread of its own. Any number of threads may wait for its result.
 
-def _in_background(function, *args):
-    """Call the function in a thread of its own; return a Future of its result.
-
-    The threads of an executor are joined when the interpreter exits. Here, nothing
-    waits for a request that nobody needs any more.
+    The thread does not keep the interpreter from exiting, as those of an executor do.
+    An exception that a signal handler raises cannot leave a lock locked here, as it can
+    in a Future, whose Condition is Python code: each thread that waits has its own.
     """
-    future = Future()
-    try:
-        call = (future, function, args)
-        threading.Thread(None, _run, "dropbox_storage", call, daemon=True).start()
-    except RuntimeError:  # no more threads, as when the interpreter exits
-        _run(future, function, args)
-    return future
+
+    def __init__(self):
+        self.is_done = False
+        self._locks = []  # of the threads that wait
+        self._result = None
+        self._error = None
+
+    def start(self, function, *args):
+        """Call the function in a new thread, or here if there are no more threads."""
+        try:
+            _thread.start_new_thread(_run_task, (self, function, args))
+        except RuntimeError:  # as when the interpreter exits
+            _run_task(self, function, args)
+        return self
+
+    def wait(self, seconds=None):
+        """Return whether the call has ended, after that many seconds at most."""
+        lock = _thread.allocate_lock()
+        lock.acquire()
+        self._locks.append(lock)
+        if not self.is_done:
+            lock.acquire(timeout=-1 if seconds is None else seconds)
+        return self.is_done
+
+    def result(self):
+        """Wait for the call; return its result, or raise its error."""
+        self.wait()
+        try:
+            if self._error is not None:
+                raise self._error
+            return self._result
+        finally:
+            del self  # the error keeps this frame, which would keep the error
+
+    @property
+    def has_failed(self):
+        return self._error is not None
 
 
-def _run(future, function, args):
+def _run_task(task, function, args):
     try:
-        future.set_result(function(*args))
+        task._result = function(*args)
     except BaseException as error:
-        future.set_exception(error)
+        task._error = error
     finally:
-        del future, function, args  # the error keeps this frame, and would keep them
+        task.is_done = True
+        for lock in task._locks:
+            lock.release()
+        del task, function, args  # an error keeps this frame, and would keep them
 
 
-# Downloading
+# -- Downloads -------------------------------------------------------------------------
 
 
 class _Download(io.RawIOBase):
     """The bytes of one revision of a file. Seeking sends no request, reading may do.
 
-    The file is a row of blocks: a single one, or blocks of READ_BLOCK bytes. The first
-    comes with the request that opens the file. A block is requested when it is read,
-    and with it the next ones, if the block before it was read just before.
+    may_drain: whether close() may read the rest of a response to keep its connection.
     """
 
-    may_drain, _head, _blocks = False, None, {}  # until the file is open
+    may_drain = False
+    _blocks = None  # until the file is open
 
-    def __init__(self, storage, path):
-        self.api, self.path, self._process = storage._api, path, os.getpid()
-        self._metadata, response = self.api.perform(
-            "files/download", path, lambda: _request_bytes(self.api, path)
-        )
-        self.size, self.revision = self._metadata.size, self._metadata.rev
-        self.block_size = self.size if self.size <= WHOLE_FILE else READ_BLOCK
-        self._position = self._number = 0  # of the next byte, and of the last block
-        self._most_ahead, self._ahead = min(storage.CONNECTIONS, KEPT_BLOCKS), 1
-        self._content, self._has_failed, self._blocks = _ContentHash(), False, {}
-        self._head = _Block(self, 0, response)
+    def __init__(self, api, path, connections):
+        request = functools.partial(_request_bytes, api, path)
+        metadata, response = api.perform("files/download", path, request)
+        self.size = metadata.size
+        self.revision = metadata.rev
+        self.content = _ContentHash()  # of what has been read in order
+        self._metadata = metadata
+        self._path = path
+        self._process = os.getpid()
+        self._position = 0
+        self._has_failed = False
+        revision = _Revision(api, path, metadata.rev, metadata.size)
+        self._blocks = _Blocks(revision, response, connections)
 
     def readable(self):
         return True
@@ -915,135 +1240,281 @@ class _Download(io.RawIOBase):
         return True
 
     def seek(self, offset, whence=io.SEEK_SET):
+        self._check_is_open()
         if whence == io.SEEK_CUR:  # as for tell()
-            self._check_state()
+            self._check_has_not_failed()
         starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}
         if whence not in starts or starts[whence] + offset < 0:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        self._position, self._has_failed = starts[whence] + offset, False
+        self._position = starts[whence] + offset
+        self._has_failed = False
         return self._position
 
     def readinto(self, buffer):
-        self._check_state()
+        buffer = memoryview(buffer)  # a report would show what the memory held before
+        view = self._read(len(buffer))
+        buffer[: len(view)] = view
+        return len(view)
+
+    def readall(self):
+        # The base class would join chunks, and have all twice in memory.
+        content = io.BytesIO()
+        while view := self._read(READ_BLOCK):
+            content.write(view)
+        return content.getvalue()
+
+    def _read(self, count):
+        """Return a view of up to count bytes at the position, and move the position."""
+        self._check_is_open()
+        self._check_has_not_failed()
         if self._position >= self.size:
-            return 0
+            return memoryview(b"")
         try:
-            data = self._read_block(len(buffer))
-            self._check_content(data)
+            view = self._blocks.read(self._position, count)
+            self._check_content(view)
         except BaseException:
             self._has_failed = True
-            self._drop_blocks()
+            self._blocks.close()
             raise
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+        self._position += len(view)
+        return view
 
-    def _check_state(self):
+    def _check_is_open(self):
+        if self.closed:
+            raise ValueError("I/O operation on closed file.")
         if self._process != os.getpid():
-            message = f"{self.path!r} was opened in another process; open it again."
+            message = f"{self._path!r} was opened in another process; open it again."
             raise DropboxStorageException(message)
+
+    def _check_has_not_failed(self):
         if self._has_failed:  # the buffer above has lost what it held
-            message = f"Reading {self.path!r} has failed; seek() to where to continue."
+            message = f"Reading {self._path!r} has failed; seek() to where to continue."
             raise DropboxStorageException(message)
 
-    def _read_block(self, count):
-        """Return a view of up to count bytes at the position."""
-        number, offset = divmod(self._position, self.block_size)
-        if number != self._number:
-            is_next = number == self._number + 1
-            self._number, self._ahead = number, self._most_ahead if is_next else 1
-        if number == 0:
-            self._head = self._head or _Block(self, 0)
-            return self._head.read(offset, count)
-        # Each use puts these blocks behind the others, which are thrown out first.
-        last = min(number + self._ahead - 1, (self.size - 1) // self.block_size)
-        for n in range(number, last + 1):
-            self._blocks[n] = self._blocks.pop(n, None) or _Block(self, n)
-        for n in [*self._blocks][:-KEPT_BLOCKS]:
-            self._blocks.pop(n).cancel()
-        return self._blocks[number].read(offset, count)
-
-    def _check_content(self, data):
+    def _check_content(self, view):
         """Hash what is read in order from the beginning, and check the whole file."""
         if self._position == 0:
-            self._content = _ContentHash()
-        known = self._content.size - self._position
-        if 0 <= known < len(data):
-            self._content.update(data[known:])
-            if self._content.size == self.size:
-                self._content.check(self._metadata, "files/download", self.path)
-
-    def _drop_blocks(self):
-        while self._blocks:
-            self._blocks.popitem()[1].cancel()
-        head, self._head = self._head, None
-        if head:  # a forked process shares the connection with its parent
-            head.close(self.may_drain and self._process == os.getpid())
+            self.content = _ContentHash()
+        known = self.content.size - self._position
+        if not 0 <= known < len(view):
+            return
+        self.content.update(view[known:])
+        if self.content.size == self.size and not self.content.matches(self._metadata):
+            raise DropboxStorageException(
+                f"files/download of {self._path!r} failed: Dropbox has other bytes.",
+                "content_hash_mismatch",
+                temporary=True,
+            )
 
     def close(self):
-        self._drop_blocks()
+        if self._blocks is not None:
+            # A forked process shares the connection with its parent.
+            self._blocks.close(self.may_drain and self._process == os.getpid())
         super().close()
 
 
-class _Block:
-    """Consecutive bytes of a revision, kept in memory as they arrive.
+class _Revision(collections.namedtuple("_Revision", "api path revision size")):
+    """A revision of a file, and where to request its bytes.
 
-    They come from a response while they are read, or else are loaded in the background.
+    It is a row of blocks: a single one, or blocks of READ_BLOCK bytes.
     """
 
-    def __init__(self, download, number, response=None):
-        self._api, self._path = download.api, download.path
-        self._revision, self._response = download.revision, response
-        self._start = number * download.block_size
-        size = min(download.block_size, download.size - self._start)
-        self._data, self._loaded = memoryview(bytearray(size)), 0
-        self._is_cancelled, self._future = False, None
-        if not response:
-            self._future = _in_background(self._load, size)
+    __slots__ = ()
+
+    @property
+    def block_size(self):
+        return self.size if self.size <= WHOLE_FILE else READ_BLOCK
+
+    def block_range(self, number):
+        """Return the begin and the end of a block in bytes."""
+        begin = number * self.block_size
+        return begin, min(begin + self.block_size, self.size)
+
+
+class _Blocks:
+    """The blocks of a revision that are in memory or on disk.
+
+    The first block is that of the response that opens the file, and is read as it is
+    needed. The others are requested whole, in the background. A reader who goes on
+    from the beginning has several requested ahead; after a jump it is one, and more
+    with each block that is read in order.
+    """
+
+    def __init__(self, revision, response, connections):
+        self._revision = revision
+        self._first = _Block(revision, 0, response)
+        self._memory = {}  # by number, the least recently used first
+        self._disk = _BlocksOnDisk()
+        self._most_ahead = min(connections, KEPT_BLOCKS)
+        self._number = 0  # of the block that was read last
+        self._in_order = BLOCKS_IN_ORDER  # blocks read in order, as if after so many
+
+    def read(self, position, count):
+        """Return a view of up to count bytes, of one block."""
+        number, offset = divmod(position, self._revision.block_size)
+        if number == self._number + 1:
+            self._in_order += 1
+        elif number != self._number:
+            self._in_order = 0
+        self._number = number
+        if number == 0 and self._first is not None:
+            return self._first.read(offset, count)
+        self._request_from(number)
+        return self._memory[number].read(offset, count)
+
+    def _request_from(self, number):
+        """Have the block in memory, and request those that are likely to follow."""
+        ahead = min(2 ** min(self._in_order, BLOCKS_IN_ORDER), self._most_ahead)
+        last = (self._revision.size - 1) // self._revision.block_size
+        for one in range(number, min(number + ahead - 1, last) + 1):
+            # Each use puts these blocks behind the others, which are dropped first.
+            block = self._memory.pop(one, None)
+            if (
+                block is not None and block.has_failed
+            ):  # in an outage, before it is read
+                block.cancel()
+                block = None
+            self._memory[one] = block or self._load(one)
+        while len(self._memory) > KEPT_BLOCKS:
+            self._drop(next(iter(self._memory)))
+
+    def _load(self, number):
+        begin, end = self._revision.block_range(number)
+        block = _Block(self._revision, number)
+        if not self._disk.read(number, block.data):
+            block.request()
+        return block
+
+    def _drop(self, number):
+        """Drop a block from memory: to the disk if this reader may come back to it."""
+        block = self._memory.pop(number)
+        if self._in_order < BLOCKS_IN_ORDER and block.is_whole:
+            self._disk.write(number, block.data)
+        block.cancel()
+
+    def close(self, may_drain=False):
+        """Drop all blocks. What is read later is requested again."""
+        while self._memory:
+            self._memory.popitem()[1].cancel()
+        self._disk.close()
+        first = self._first
+        self._first = None
+        if first is not None:
+            first.close(may_drain)
+
+
+class _BlocksOnDisk:
+    """Blocks in a temporary file. If the disk fails, they are simply not there."""
+
+    def __init__(self):
+        self._file = None
+        self._offsets = {}  # by number of the block
+
+    def write(self, number, data):
+        if number in self._offsets:
+            return
+        with contextlib.suppress(OSError):
+            if self._file is None:
+                folder = settings.FILE_UPLOAD_TEMP_DIR
+                self._file = tempfile.TemporaryFile(buffering=0, dir=folder)
+            offset = self._file.seek(0, io.SEEK_END)
+            if self._file.write(data) == len(data):
+                self._offsets[number] = offset
+
+    def read(self, number, data):
+        """Read the block into the data; return whether it was there."""
+        if number not in self._offsets:
+            return False
+        with contextlib.suppress(OSError):
+            self._file.seek(self._offsets[number])
+            return self._file.readinto(data) == len(data)
+        return False
+
+    def close(self):
+        self._offsets.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class _Block:
+    """Consecutive bytes of a revision, in memory.
+
+    They come from a response while they are read, or are loaded in the background.
+    """
+
+    def __init__(self, revision, number, response=None):
+        self._revision = revision
+        self._begin, end = revision.block_range(number)
+        self.data = memoryview(bytearray(end - self._begin))
+        self._loaded = 0
+        self._response = response
+        self._task = None
+        self._is_cancelled = False
+
+    def request(self):
+        """Load the whole block in the background."""
+        self._task = _Task().start(self._load, len(self.data))
+
+    @property
+    def is_whole(self):
+        return self._task is None or (self._task.is_done and not self.has_failed)
+
+    @property
+    def has_failed(self):
+        return self._task is not None and self._task.has_failed
 
     def read(self, offset, count):
         """Wait for up to count bytes from the offset on; return a view of them."""
-        end = min(offset + count, len(self._data))
-        if self._future:
-            self._future.result()
-        else:
+        end = min(offset + count, len(self.data))
+        if self._task is not None:
+            self._task.result()
+        elif self._response is not None:
             self._load(end)
-        return self._data[offset:end]
+        return self.data[offset:end]
 
     def _load(self, end):
         while self._loaded < end:
-            self._api.perform("files/download", self._path, self._read_part)
-        if self._loaded == len(self._data):
+            api = self._revision.api
+            api.perform("files/download", self._revision.path, self._read_part)
+        if self._loaded == len(self.data):
             self.close()
 
     def _read_part(self):
         """Read some bytes; after an error, the next attempt sends a new request."""
-        begin, end = self._start + self._loaded, self._start + len(self._data)
+        path = self._revision.path
+        begin = self._begin + self._loaded
+        end = self._begin + len(self.data)
         try:
             if self._is_cancelled:
-                raise DropboxStorageException(f"Reading {self._path!r} was cancelled.")
-            if not self._response:
-                revision = f"rev:{self._revision}"
-                _, self._response = _request_bytes(self._api, revision, begin, end)
-            part = self._response.read(min(READ_SIZE, end - begin))
-            if not part:
+                raise DropboxStorageException(f"Reading {path!r} was cancelled.")
+            if self._response is None:
+                revision = f"rev:{self._revision.revision}"
+                api = self._revision.api
+                self._response = _request_bytes(api, revision, begin, end)[1]
+            part = self.data[self._loaded : self._loaded + READ_SIZE]
+            count = self._response.readinto(part)
+            if not count:
                 raise _BadResponse(f"the response ended before byte {begin}")
-            self._data[self._loaded : self._loaded + len(part)] = part
-            self._loaded += len(part)
+            self._loaded += count
         except BaseException:
             self.close()
             raise
 
     def cancel(self):
-        """Let the background thread stop. The future may hold an error with frames."""
-        self._is_cancelled, self._future = True, None
+        """Let the background thread stop. The task may hold an error with frames."""
+        self._is_cancelled = True
+        self._task = None
 
-    def close(self, drain=False):
+    def close(self, may_drain=False):
         """Close the response, or read the little that is left, to keep its socket."""
-        response, self._response = self._response, None
-        if response and drain and 0 < (response.length_remaining or 0) <= DRAIN:
-            _in_background(response.drain_conn)
-        elif response:
+        response = self._response
+        self._response = None
+        if response is None:
+            return
+        if may_drain and 0 < (response.length_remaining or 0) <= DRAIN:
+            _Task().start(response.drain_conn)
+        else:
             response.close()
 
 
@@ -1061,37 +1532,13 @@ def _request_bytes(api, path, begin=0, end=None):
     return metadata, response.raw
 
 
-# Uploading
-
-
-def _view(chunk):
-    return memoryview(chunk.encode() if isinstance(chunk, str) else chunk).cast("B")
-
-
-def _cut(chunks, size):
-    """Yield the content as io.BytesIO objects of `size` bytes; the last may be smaller.
-
-    There is always one.
-    """
-    piece, room = io.BytesIO(), size
-    for view in map(_view, chunks):
-        while view:
-            if not room:
-                yield piece
-                piece, room = io.BytesIO(), size
-                piece.seek(size - 1)  # allocates it whole: growing would copy it
-                piece.write(b"\0")
-                piece.seek(0)
-            count = piece.write(view[:room])
-            view, room = view[count:], room - count
-    piece.truncate()
-    yield piece
+# -- Uploads ---------------------------------------------------------------------------
 
 
 class _Upload:
     """Content that becomes a file in Dropbox with commit().
 
-    Up to two pieces are sent with the request that commits them. More are sent while
+    Up to two chunks are sent with the request that commits them. More are sent while
     they come, with a concurrent upload session. Without a commit, Dropbox stays as it
     was: it forgets the session after some days.
 
@@ -1099,55 +1546,39 @@ class _Upload:
     if there is none.
     """
 
-    def __init__(self, storage, path, mode, revision=None):
+    def __init__(self, api, path, mode, revision, chunk_size, connections):
         from dropbox import files
 
-        self.path, self._mode = path, mode
-        self._storage, self._api, self._files = storage, storage._api, files
+        self.api = api
+        self.path = path
+        self._mode = mode
         self._target = {"mode": files.WriteMode.add, "strict_conflict": True}
         if mode == "overwrite":
             self._target = {"mode": files.WriteMode.overwrite}
         elif revision:
             self._target["mode"] = files.WriteMode.update(revision)
-        self._content, self._pieces, self._is_closed = _ContentHash(), [], False
-        self._session, self._offset, self._sending = None, 0, []
+        self._chunk_size = _round_chunk_size(chunk_size)
+        self._connections = connections
+        self._content = _ContentHash()
+        self._chunks = []  # those that have not been sent
+        self._session = None
+        self._is_closed = False
 
     def close(self):
         """Let the background threads stop, and drop what has not been sent."""
-        self._is_closed, self._pieces, self._sending = True, [], []
+        self._is_closed = True
+        self._chunks = []
+        self._session = None
 
-    def send(self, chunks):
-        """Send all pieces but the last one, which the end of a session needs."""
-        most = MAX_REQUEST // 2 - HASH_BLOCK
-        blocks = -(-min(self._storage.CHUNK_SIZE, most) // HASH_BLOCK)
-        for piece in _cut(chunks, blocks * HASH_BLOCK):
-            self._pieces.append(piece)
-            while len(self._pieces) > (1 if self._session else 2):
-                self._send_in_background(self._pieces.pop(0))
-
-    def _send_in_background(self, piece):
-        if not self._session:
-            kind = self._files.UploadSessionType.concurrent
-            start = self._call("files/upload_session/start", io.BytesIO(), False, kind)
-            self._session = start.session_id
-        if len(self._sending) == self._storage.CONNECTIONS:
-            self._content.append(self._sending.pop(0).result())
-        self._sending.append(_in_background(self._append, self._offset, piece))
-        self._offset += piece.tell()
-
-    def _append(self, offset, piece, close=False):
-        """Send a piece of the session; return its hash."""
-        content = _ContentHash(piece.getbuffer())
-        cursor = self._files.UploadSessionCursor(self._session, offset)
-        route, digest = "files/upload_session/append_v2", content.hexdigest()
-        try:
-            self._call(route, piece, cursor, close, content_hash=digest)
-        except DropboxStorageException as error:
-            # If a response was lost, the session may have the piece, and refuse it now.
-            is_there = error.reason.endswith(("closed", "incorrect_offset"))
-            if not (is_there and error.failure.is_lost):
-                raise
-        return content
+    def send(self, content):
+        """Send all but the last chunk of the content, an iterable of bytes or text."""
+        for chunk in _cut(content, self._chunk_size):
+            self._chunks.append(chunk)
+            if len(self._chunks) > 2 and self._session is None:
+                self._session = _Session(self._call, self._connections)
+            if self._session is not None:
+                while len(self._chunks) > 1:  # the last one closes the session
+                    self._session.append(self._chunks.pop(0))
 
     def commit(self):
         """Make the content the file at self.path.
@@ -1157,171 +1588,263 @@ class _Upload:
         """
         now = datetime.now(timezone.utc).replace(tzinfo=None, microsecond=0)
         self._target["client_modified"] = now
+        send = self._send_file if self._session is None else self._finish_session
         try:
-            metadata = self._finish_session() if self._session else self._put_file()
-            self._content.check(metadata, "files/upload", self.path)
+            self._check(send())
         except (OSError, DropboxStorageException) as error:
-            if not self._is_committed(getattr(error, "failure", _Failure(""))):
-                if self._mode != "update" or not isinstance(error, FileExistsError):
-                    raise
-                changed = f"{self.path!r} has changed since it was looked at"
-                message = f"{changed}; it was left alone."
-                raise DropboxStorageException(message, "path/conflict/file") from error
-        self._storage._forget_link(self._api, self.path)
+            if self._is_committed(error):
+                return
+            if self._mode != "update" or not isinstance(error, FileExistsError):
+                raise
+            message = f"{self.path!r} has changed since it was looked at"
+            raise DropboxStorageException(
+                f"{message}; it was left alone.", "path/conflict/file"
+            ) from error
 
-    def _put_file(self):
-        first, *others = self._pieces
-        for piece in others:
-            first.write(piece.getvalue())
-        self._pieces, self._content = [first], _ContentHash(first.getbuffer())
+    def _send_file(self):
+        first, *others = self._chunks
+        for chunk in others:
+            first.write(chunk.getbuffer())
+        self._chunks = [first]
+        self._content = _ContentHash(first.getbuffer())
         target = {**self._target, "content_hash": self._content.hexdigest()}
         return self._call("files/upload", first, self.path, **target)
 
     def _finish_session(self):
-        if self._pieces:
-            while self._sending:  # a closed session takes no more pieces
-                self._content.append(self._sending.pop(0).result())
-            last = self._append(self._offset, self._pieces[0], close=True)
-            self._content.append(last)
-            self._pieces = []
-        cursor = self._files.UploadSessionCursor(self._session, self._content.size)
-        commit = self._files.CommitInfo(self.path, **self._target)
-        return self._call("files/upload_session/finish", io.BytesIO(), cursor, commit)
+        from dropbox.files import CommitInfo
 
-    def _is_committed(self, failure):
+        if self._chunks:
+            self._content = self._session.close(self._chunks[0])
+            self._chunks = []
+        return self._session.finish(CommitInfo(self.path, **self._target))
+
+    def _check(self, metadata):
+        if not self._content.matches(metadata):
+            message = f"files/upload of {self.path!r} failed: Dropbox has other bytes."
+            raise DropboxStorageException(message, "content_hash_mismatch")
+
+    def _is_committed(self, error):
         """Whether the path holds what was sent, although the commit failed.
 
-        Either the response was lost, or "update" refused bytes that change nothing. A
-        conflict of a session is with the file of somebody else: a session that has been
-        committed does not exist any more. A file that was added has the time that was
-        sent with it.
+        Either a response was lost, or "update" refused bytes that change nothing. A
+        file that was added has the time that was sent with it.
         """
-        is_conflict = failure.reason.endswith(OS_ERRORS[errno.EEXIST])
-        is_lost = failure.is_lost and not (is_conflict and self._session)
-        if is_lost or (is_conflict and self._mode == "update"):
-            api = copy.copy(self._api)
-            if failure.is_transient:  # the call has waited already
-                api.max_wait = 0
-            with contextlib.suppress(*NO_FILE, DropboxStorageException):
-                found = api.call("files/get_metadata", self.path)
-                if hasattr(found, "rev") and self._content.matches(found):
-                    now = self._target["client_modified"]
-                    return self._mode != "add" or found.client_modified == now
+        failure = getattr(error, "failure", None)
+        if failure is None:
+            return False
+        is_refused = self._mode == "update" and isinstance(error, FileExistsError)
+        if not (failure.is_lost or is_refused):
+            return False
+        api = copy.copy(self.api)
+        if failure.is_transient:  # the call has waited already
+            api.max_wait = 0
+        with contextlib.suppress(*NO_FILE, DropboxStorageException):
+            found = api.call("files/get_metadata", self.path)
+            if hasattr(found, "rev") and self._content.matches(found):
+                now = self._target["client_modified"]
+                return self._mode != "add" or found.client_modified == now
         return False
 
-    def _call(self, route, piece, *args, **kwargs):
-        """Send the piece with the SDK's method for the route."""
+    def _call(self, route, chunk, *args, **kwargs):
+        """Send the chunk with the SDK's method for the route."""
 
         def send():
             if self._is_closed:
                 raise DropboxStorageException(f"{self.path!r} was not sent.")
-            method = getattr(self._api.request(), route.replace("/", "_"))
-            return method(piece.getvalue(), *args, **kwargs)
+            method = getattr(self.api.request(), route.replace("/", "_"))
+            return method(chunk.getvalue(), *args, **kwargs)
 
-        return self._api.perform(route, self.path, send)
-
-
-# Requests
+        return self.api.perform(route, self.path, send)
 
 
-class _BadResponse(Exception):
-    """A response that is not what was asked for, or that ended too early."""
+class _Session:
+    """A concurrent upload session: its chunks are sent at the same time.
+
+    call: sends a chunk with a route; see _Upload.
+    """
+
+    def __init__(self, call, connections):
+        from dropbox.files import UploadSessionType
+
+        self._call = call
+        self._connections = connections
+        self._content = _ContentHash()  # of the chunks that have been sent
+        self._offset = 0  # of the next chunk, in bytes
+        self._sending = collections.deque()  # tasks, each of which returns a hash
+        route = "files/upload_session/start"
+        kind = UploadSessionType.concurrent
+        self._id = call(route, io.BytesIO(), False, kind).session_id
+
+    def append(self, chunk):
+        """Send the chunk in the background; wait if enough others are being sent."""
+        if len(self._sending) == self._connections:
+            self._content.append(self._sending.popleft().result())
+        task = _Task().start(self._send, self._offset, chunk, False)
+        self._sending.append(task)
+        self._offset += chunk.tell()
+
+    def close(self, chunk):
+        """Send the last chunk when all others are there; return the content hash."""
+        while self._sending:
+            self._content.append(self._sending.popleft().result())
+        self._content.append(self._send(self._offset, chunk, True))
+        return self._content
+
+    def finish(self, commit):
+        """Let the content become a file; return its metadata."""
+        from dropbox.files import UploadSessionCursor
+
+        cursor = UploadSessionCursor(self._id, self._content.size)
+        return self._call("files/upload_session/finish", io.BytesIO(), cursor, commit)
+
+    def _send(self, offset, chunk, close):
+        """Send a chunk; return its hash."""
+        from dropbox.files import UploadSessionCursor
+
+        content = _ContentHash(chunk.getbuffer())
+        cursor = UploadSessionCursor(self._id, offset)
+        route = "files/upload_session/append_v2"
+        digest = content.hexdigest()
+        try:
+            self._call(route, chunk, cursor, close, content_hash=digest)
+        except DropboxStorageException as error:
+            # If a response was lost, the session may have the chunk, and refuse it now.
+            refusals = ("closed", "incorrect_offset")
+            is_there = any(_has_words(error.reason, words) for words in refusals)
+            if not (is_there and error.failure.is_lost):
+                raise
+        return content
 
 
-# What a failed request means.
-# reason: Dropbox's own text for programs. text: what it says to people.
-# is_transient: the same request may succeed later.
-# is_lost: the request may have been carried out, and only its response was lost.
-# retry_after: seconds that Dropbox asks to wait.
-FIELDS = "reason text is_transient is_lost retry_after"
-_Failure = collections.namedtuple("_Failure", FIELDS, defaults=("", False, False, 0))
+def _round_chunk_size(size):
+    """Return the size in whole hash blocks, so that two chunks fit into a request."""
+    most = MAX_REQUEST // 2 - HASH_BLOCK
+    blocks = -(-min(max(1, size), most) // HASH_BLOCK)
+    return blocks * HASH_BLOCK
+
+
+def _cut(content, size):
+    """Yield the content as io.BytesIO objects of `size` bytes; the last may be smaller.
+
+    There is always one.
+    """
+    chunk = io.BytesIO()
+    room = size
+    for view in map(_view, content):
+        while view:
+            if not room:
+                yield chunk
+                chunk = io.BytesIO()
+                room = size
+                chunk.seek(size - 1)  # allocates it whole: growing would copy it
+                chunk.write(b"\0")
+                chunk.seek(0)
+            count = chunk.write(view[:room])
+            view = view[count:]
+            room -= count
+    chunk.truncate()
+    yield chunk
+
+
+def _view(data):
+    """Return bytes, or text as UTF-8, as a memoryview."""
+    if not isinstance(data, str):
+        return memoryview(data).cast("B")
+    try:
+        return memoryview(data.encode())
+    except UnicodeEncodeError as error:
+        wrong = error.object[error.start]
+        position = error.start
+    del data  # an error report shows this frame
+    message = f"surrogates not allowed (character {position} of a chunk)"
+    raise UnicodeEncodeError("utf-8", wrong, 0, 1, message)
+
+
+# -- The way to Dropbox ----------------------------------------------------------------
+
+
+class _Process:
+    """What all storages of a process share. A forked process has one of its own.
+
+    It is safe in threads without a lock: each step is one operation of a dictionary.
+    """
+
+    def __init__(self):
+        self._session = _make_session()
+        self._clients = (
+            collections.OrderedDict()
+        )  # by account, the last used at the end
+        self._adopted = weakref.WeakSet()  # assigned clients that were used here
+        self.refreshes = weakref.WeakKeyDictionary()  # tasks that run, by client
+
+    def client(self, account):
+        """Return the client of the account, or make one."""
+        key = account.digest
+        client = self._clients.get(key)
+        if client is None:
+            client = account.make_client(self._session)
+            client = self._clients.setdefault(key, client)
+        with contextlib.suppress(KeyError):  # another thread may have thrown it out
+            self._clients.move_to_end(key)
+        while len(self._clients) > KEPT_CLIENTS:
+            self._clients.popitem(last=False)
+        return client
+
+    def adopt(self, client):
+        """Return the client, which has been assigned.
+
+        A forked process must not use the sockets that it shares with its parent.
+        """
+        if client not in self._adopted:
+            client._session.close()  # which opens others when they are needed
+            self._adopted.add(client)
+        return client
+
+
+_processes = {}  # by process id
+
+
+def _process():
+    number = os.getpid()
+    return _processes.get(number) or _processes.setdefault(number, _Process())
+
+
+def _make_session():
+    """Return a session of requests with connections that belong to no account."""
+    from http.cookiejar import DefaultCookiePolicy
+
+    import dropbox
+
+    session = dropbox.create_session(max_connections=POOL_SIZE)
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    # With this, requests takes no password from a .netrc file to replace the token.
+    session.auth = _leave_alone
+    return session
+
+
+def _leave_alone(request):
+    return request
 
 
 class _Api:
-    """The way to Dropbox: the SDK client, its access token, and when to try again.
+    """The way to Dropbox for one operation: the client, and when to try again.
 
-    max_wait and first_wait, in seconds, are set by the storage.
+    max_wait, first_wait: in seconds, as the options of the storage; infinity: no limit.
     """
 
-    def __init__(self, client):
-        self.client, self._token_lock, self._failures = client, threading.Lock(), 0
-        # A forked process must not use the sockets that it shares with its parent.
-        client._session.close()
-
-    def link_key(self, path):
-        """The key in the cache: for this account, namespace, member and file.
-
-        It folds ASCII letters alone: Dropbox's folding of other letters is unknown.
-        """
-        client = self.client
-        digest = hashlib.sha256(repr((client._headers, path.encode().lower())).encode())
-        name = "refresh" if client._oauth2_refresh_token else "access"
-        digest.update(str(getattr(client, f"_oauth2_{name}_token")).encode())
-        return f"dropbox_storage:{digest.hexdigest()}"
-
-    def request(self, headers=()):
-        """Return a copy of the client for one request, with a live access token.
-
-        Its session raises HttpError for each response that is not 2xx: before the SDK
-        decodes or repeats it, and before requests follows a redirect. The session
-        shares the connections of the client's session, which stays as it is.
-        """
-        client, request = self.client, copy.copy(self.client)
-        request._session = session = object.__new__(type(client._session))
-        hooks = [*client._session.hooks["response"], self._check_response]
-        vars(session).update(vars(client._session), hooks={"response": hooks})
-        self._refresh_token(request)
-        request._oauth2_refresh_token = None  # so that only this method refreshes
-        request._headers = {**(client._headers or {}), **dict(headers)}
-        return request
-
-    def _refresh_token(self, request):
-        """Give the request a token; let the SDK refresh it first if that is due.
-
-        One thread refreshes at a time. The others go on with a token that is still
-        valid, and otherwise wait for no longer than the timeout; if that thread fails,
-        they fail with it.
-        """
-        now, failures = datetime.now(timezone.utc).replace(tzinfo=None), self._failures
-        is_valid = (request._oauth2_access_token_expiration or now) > now
-        wait = 0 if is_valid else request._timeout or -1
-        if self._token_lock.acquire(timeout=wait):
-            try:
-                if failures != self._failures:
-                    raise _BadResponse("another thread could not refresh the token")
-                _copy_token(self.client, request)
-                request.check_and_refresh_access_token()
-                _copy_token(request, self.client)
-            except BaseException as error:
-                if not isinstance(error, _BadResponse):
-                    self._failures += 1
-                raise
-            finally:
-                self._token_lock.release()
-        elif not is_valid:
-            raise _BadResponse("another thread is still refreshing the token")
-
-    def _check_response(self, response, **kwargs):
-        """Raise HttpError unless the response is 2xx. This is a hook of requests."""
-        request, status = response.request, response.status_code
-        seconds = response.elapsed.total_seconds()
-        logger.debug("%s: HTTP %d in %.3f s.", request.path_url, status, seconds)
-        if 200 <= status < 300:
-            return
-        from dropbox.exceptions import HttpError
-
-        used = request.headers.get("Authorization")
-        if status == 401 and used == f"Bearer {self.client._oauth2_access_token}":
-            self.client._oauth2_access_token_expiration = None  # the next one refreshes
-        number = response.headers.get("x-dropbox-request-id")
-        error = HttpError(number, status, response.content.decode(errors="replace"))
-        error.retry_after = response.headers.get("Retry-After")
-        raise error
+    def __init__(self, client, max_wait, first_wait):
+        self.client = client
+        self.max_wait = max_wait
+        self._first_wait = first_wait
 
     def call(self, route, path, *args):
         """Call the SDK's method for the route, with the path or else with args."""
-        name, args = route.replace("/", "_"), args or (path,)
-        return self.perform(route, path, lambda: getattr(self.request(), name)(*args))
+
+        def send():
+            method = getattr(self.request(), route.replace("/", "_"))
+            return method(*(args or (path,)))
+
+        return self.perform(route, path, send)
 
     def perform(self, route, path, send):
         """Return what send() returns. Repeat it while its failures are transient.
@@ -1329,122 +1852,439 @@ class _Api:
         The last attempt begins at most max_wait seconds after the first failure. An
         error that comes neither from Dropbox nor from the network passes through.
         """
-        handled, failed_at, is_lost, is_renewed = sys.exc_info()[1], None, False, False
-        for attempt in itertools.count(1):
+        handled = sys.exc_info()[1]
+        can_refresh = bool(self.client._oauth2_refresh_token)
+        retry = _Retry(self.max_wait, self._first_wait, can_refresh)
+        while True:
             try:
                 return send()
             except BaseException as error:
-                # All is decided in here: the error is freed when this block ends.
-                self._clean(error, handled)
-                failure = _explain(error)
-                if not failure:
+                _clear_frames(error, handled)
+                failure = _explain(error, self.client)
+                if failure is None:
                     raise
-                now = time.monotonic()
-                failed_at, is_lost = failed_at or now, is_lost or failure.is_lost
-                can_refresh = bool(self.client._oauth2_refresh_token)
-                is_expired = failure.reason == EXPIRED and can_refresh
-                is_transient = failure.is_transient or is_expired
-                failure = failure._replace(is_lost=is_lost, is_transient=is_transient)
-                pause = _pause_after(failure, attempt, self.first_wait)
-                if is_expired and not is_renewed:
-                    is_renewed, pause = True, 0  # the next attempt refreshes the token
-                elif not is_transient or now - failed_at + pause >= self.max_wait:
-                    tried = self._describe(failure, attempt, now - failed_at)
-                    raise _error_for(failure, route, path, tried) from error
-            asked = failure.retry_after
-            asks = f", Dropbox asks to wait {asked:g} s" if asked else ""
-            level = logging.INFO if attempt == 1 else logging.WARNING
-            line = f"{route} of {path!r} failed at attempt {attempt}: {failure.reason}"
-            logger.log(level, "%s%s. Next attempt in %.1f s.", line, asks, pause)
-            time.sleep(pause)
+            # The SDK's error, and all that it held, is gone here.
+            retry.add(failure, time.monotonic())
+            if retry.gives_up:
+                raise _make_error(retry, route, path) from retry.failure.cause()
+            _log_attempt(retry, route, path)
+            time.sleep(retry.pause)
 
-    def _describe(self, failure, attempt, waited):
-        """Return how long a call was attempted, for the message of its error."""
-        if not failure.is_transient:
-            return ""
-        if asked := failure.retry_after:
-            return f" (Dropbox asks to wait {asked:g} s, max_wait is {self.max_wait:g})"
-        return f" ({attempt} attempt{'s' if attempt > 1 else ''}, {waited:.0f} s)"
+    def request(self, headers=()):
+        """Return a copy of the client for one request, with a live access token."""
+        self._ensure_token()
+        request = _copy_client(self.client)
+        request._oauth2_refresh_token = None  # so that only _refresh_token() refreshes
+        request._headers = {**(request._headers or {}), **dict(headers)}
+        return request
 
-    def _clean(self, error, handled):
-        """Remove secrets and content from the error and its causes, up to `handled`.
+    def _ensure_token(self):
+        """Have the token refreshed if that is due, and wait if there is no valid one.
 
-        That is the variables of the SDK's frames, the request with its headers and its
-        body, the response, and all that repeats a part of a credential.
+        Whoever finds no refresh in progress starts one. It runs in the background, so
+        that no exception of a signal handler can interrupt it.
         """
-        while error is not None and error is not handled:
-            traceback.clear_frames(error.__traceback__)
-            for name, value in [*vars(error).items()]:
-                is_message = type(value).__module__ == "requests.models"
-                if is_message or self._shows_credential(value):
-                    setattr(error, name, None)
-            if self._shows_credential(error.args):
-                error.args = ()
-            cause = error.__cause__
-            error = error.__context__ if cause is None else cause
-
-    def _shows_credential(self, value):
-        """Whether it holds a part of a credential that quoting does not change."""
-        text, client = f"{value} {value!r}", self.client
-        secrets = (str(getattr(client, f"_{name}")) for name in CREDENTIALS)
-        parts = (re.findall(r"[A-Za-z0-9_-]{6,}", secret) for secret in secrets)
-        return any(part in text for part in itertools.chain.from_iterable(parts))
-
-
-def _copy_token(source, target):
-    for name in ("_oauth2_access_token", "_oauth2_access_token_expiration"):
-        setattr(target, name, getattr(source, name))
+        client = self.client
+        if not client._oauth2_refresh_token:
+            return
+        expiration = client._oauth2_access_token_expiration
+        now = datetime.now(timezone.utc).replace(tzinfo=None)
+        if expiration and expiration > now + timedelta(seconds=REFRESH_EARLY):
+            return
+        refresh = _process().refreshes.get(client)
+        if refresh is None:
+            refresh = _Task()
+            refresh.start(_refresh_token, client, refresh)
+        if expiration and expiration > now:
+            return
+        if not refresh.wait(client._timeout):
+            raise _RequestError(_Failure("token refresh timed out", is_transient=True))
+        if failure := refresh.result():
+            raise _RequestError(failure)
 
 
-def _pause_after(failure, attempt, first_wait):
-    """Return the seconds to wait: what Dropbox asks for, or twice as many each time."""
-    backoff = min(MAX_PAUSE, first_wait * 2 ** min(attempt - 1, 99))
-    return failure.retry_after or backoff * random.uniform(0.5, 1)
+def _refresh_token(client, task):
+    """Let the SDK refresh the token of the client. Return None, or a _Failure.
+
+    Of tasks that begin at the same time, one refreshes. The others wait for its result.
+    """
+    refreshes = _process().refreshes
+    first = refreshes.setdefault(client, task)
+    if first is not task:
+        return first.result()
+    try:
+        request = _copy_client(client)
+        request.check_and_refresh_access_token()
+        if not _is_token(request._oauth2_access_token):
+            raise _BadResponse("the answer holds no access token")
+        client._oauth2_access_token = request._oauth2_access_token
+        client._oauth2_access_token_expiration = request._oauth2_access_token_expiration
+        return None
+    except BaseException as error:
+        # Threads must not share an exception, whose traceback grows in each.
+        _clear_frames(error)
+        failure = _explain(error, client)
+        if failure is None:
+            raise
+        return failure
+    finally:
+        refreshes.pop(client, None)
 
 
-# What the SDK raises for a response that it cannot decode.
-UNDECODABLE = (ValueError, KeyError, AssertionError, UnicodeDecodeError)
+def _is_token(token):
+    with contextlib.suppress(ValueError):
+        return _text(token) is not None
+    return False
 
 
-def _explain(error):
+def _copy_client(client):
+    """Return a copy of the client whose session raises HttpError for a refusal.
+
+    That comes before the SDK decodes or repeats it, and before requests follows a
+    redirect. The copy shares the connections of the client, which stays as it is.
+    """
+    request = copy.copy(client)
+    session = client._session
+    request._session = object.__new__(type(session))
+    vars(request._session).update(vars(session))
+    hooks = (session.hooks or {}).get("response") or []
+    hooks = [hooks] if callable(hooks) else [*hooks]
+    check = functools.partial(_check_response, client)
+    request._session.hooks = {"response": [*hooks, check]}
+    return request
+
+
+def _check_response(client, response, **kwargs):
+    """Raise HttpError unless the response is 2xx. This is a hook of requests."""
+    status = response.status_code
+    if logger.isEnabledFor(logging.DEBUG):
+        seconds = response.elapsed.total_seconds()
+        path = response.request.path_url
+        logger.debug("%s: HTTP %d in %.3f s.", path, status, seconds)
+    if 200 <= status < 300:
+        return
+    from dropbox.exceptions import HttpError
+
+    used = response.request.headers.get("Authorization")
+    if status == 401 and used == f"Bearer {client._oauth2_access_token}":
+        client._oauth2_access_token_expiration = None  # the next request refreshes it
+    number = response.headers.get("x-dropbox-request-id")
+    error = HttpError(number, status, _read_refusal(response.raw))
+    error.retry_after = response.headers.get("Retry-After")
+    raise error
+
+
+def _read_refusal(response):
+    """Return the beginning of the body as text.
+
+    A short body is read to its end, so that the connection can be used again. It is
+    read in small parts: if it is compressed, each can become a thousand times as large.
+    """
+    body = io.BytesIO()
+    while body.tell() < MAX_REFUSAL:
+        part = response.read(1024, decode_content=True)
+        if not part:
+            break
+        body.write(part)
+    response.close()
+    return body.getvalue()[:MAX_REFUSAL].decode(errors="replace")
+
+
+class _Retry:
+    """What to do after each failure of a request: pause and try again, or give up.
+
+    failure: the last one; it is lost if one of them was. waited: seconds since the
+    first. pause: seconds until the next attempt, if it does not give up.
+    """
+
+    def __init__(self, max_wait, first_wait, can_refresh):
+        self.max_wait = max_wait
+        self.can_refresh = can_refresh  # whether there is a refresh token
+        self.attempts = 0
+        self.failure = None
+        self.waited = 0
+        self.pause = 0
+        self.gives_up = False
+        self._first_wait = first_wait
+        self._first_failure = None  # when it happened, on the monotonic clock
+        self._has_refreshed = False
+
+    def add(self, failure, now):
+        """Decide what to do after a failure at that time, in seconds."""
+        was_lost = self.failure is not None and self.failure.is_lost
+        if self._first_failure is None:
+            self._first_failure = now
+        self.attempts += 1
+        self.waited = now - self._first_failure
+        is_expired = self.can_refresh and _has_words(failure.reason, EXPIRED)
+        is_refused = self.can_refresh and _has_words(failure.reason, INVALID)
+        self.failure = failure._replace(
+            is_lost=failure.is_lost or was_lost,
+            is_transient=failure.is_transient or is_expired,
+        )
+        if (is_expired or is_refused) and not self._has_refreshed:
+            self._has_refreshed = True
+            self.pause = 0  # the next attempt begins with a new token
+            return
+        self.pause = self._choose_pause()
+        is_late = self.waited + self.pause >= self.max_wait
+        self.gives_up = is_late or not self.failure.is_transient
+
+    def _choose_pause(self):
+        """Return the seconds that Dropbox asks for, or twice as many each time."""
+        backoff = self._first_wait * 2 ** min(self.attempts - 1, 99)
+        backoff = min(MAX_PAUSE, backoff) * random.uniform(0.5, 1)
+        return self.failure.retry_after or backoff
+
+
+def _log_attempt(retry, route, path):
+    """Log a failure after which the request is sent again."""
+    logger.log(
+        logging.INFO if retry.attempts == 1 else logging.WARNING,
+        "%s of %r failed at attempt %d: %s%s. Next attempt in %.1f s.",
+        route,
+        path,
+        retry.attempts,
+        retry.failure.reason,
+        f", {asks}" if (asks := retry.failure.describe_retry_after()) else "",
+        retry.pause,
+    )
+
+
+# -- What a failure means --------------------------------------------------------------
+
+EXPIRED = "expired_access_token"
+INVALID = "invalid_access_token"
+
+# The words of Dropbox's reason for each error that Python has a name for.
+OS_ERRORS = {
+    errno.ENOENT: ("path/not_found", "path_lookup/not_found"),
+    errno.EISDIR: ("path/not_file", "conflict/folder"),
+    errno.ENOTDIR: ("path/not_folder", "conflict/file_ancestor"),
+    errno.EEXIST: ("conflict/file",),
+}
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+# The words of the reasons after which the same request may succeed later.
+TRANSIENT = ("too_many_write_operations", "content_hash_mismatch")
+
+# Words of Dropbox's answer, or of a network error, that are known: what to do, and
+# whether only the owner of the account, the app or the server can do that. Such a
+# failure is logged as an error.
+# context: the beginning of the route, or REFRESHING if there is a refresh token.
+_Hint = collections.namedtuple("_Hint", "words advice is_for_owner context")
+REFRESHING = "refreshing"
+
+
+def _hint(words, advice, context=""):
+    return _Hint(words, advice, False, context)
+
+
+def _owner_hint(words, advice, context=""):
+    return _Hint(words, advice, True, context)
+
+
+TICK = "tick it under Permissions in the App Console, authorize again"
+HINTS = (
+    _hint(EXPIRED, "a token that Dropbox has just given is refused", REFRESHING),
+    _owner_hint(EXPIRED, "'sl.' tokens live four hours; set oauth2_refresh_token"),
+    _owner_hint(
+        INVALID,
+        "a token that Dropbox has just given is refused; authorize the app again",
+        REFRESHING,
+    ),
+    _owner_hint(INVALID, "oauth2_access_token is wrong, revoked or of another app"),
+    _owner_hint(
+        "invalid_grant", "oauth2_refresh_token is wrong, revoked or of another app"
+    ),
+    _owner_hint(
+        "invalid_client",
+        "app_key and app_secret must be of the app that was authorized",
+    ),
+    _owner_hint("missing_scope", TICK),
+    _owner_hint("required scope", TICK),
+    _owner_hint(
+        "user_suspended",
+        "the account is suspended; its owner or team can reactivate it",
+    ),
+    _owner_hint(
+        "invalid_select_user", "team_member_id must be a member of the app's team"
+    ),
+    _owner_hint("no_permission", "the account has no access to namespace_id"),
+    _owner_hint("sandbox app", "an app with an App folder cannot use namespace_id"),
+    _owner_hint("insufficient_space", "the account is full; free or buy space"),
+    _owner_hint(
+        "no_write_permission", "the account may only read there; change root_path"
+    ),
+    _owner_hint("invalid_account_type", "the account's plan does not include this"),
+    _owner_hint("route_access_denied", "the app or its team does not allow this call"),
+    _owner_hint("email_not_verified", "verify the account's e-mail address"),
+    _hint("disallowed_name", "Dropbox reserves that name; get_valid_name() mends it"),
+    _hint(
+        "malformed_path",
+        "a name must not hold a backslash, NUL or DEL, end with a space or have more "
+        "than 255 characters; some accounts allow no emoji",
+    ),
+    _hint(
+        "too_many_files", "the folder is full; save into several folders", "files/up"
+    ),
+    _hint(
+        "too_many_files", "the folder is too large; delete its files in several steps"
+    ),
+    _hint("payload_too_large", "set a smaller CHUNK_SIZE", "files/upload"),
+    _hint("team_folder", "a team folder is changed in the team's Admin Console"),
+    _hint(
+        "operation_suppressed",
+        "Dropbox blocks this now; look into the account's web site",
+    ),
+    _hint("restricted_content", "Dropbox blocks this file for legal reasons"),
+    _hint("access_restricted", "the owner or the team restricts access to this file"),
+    _hint("unsupported_file", "a Paper document has no bytes and no links; export it"),
+    _owner_hint(
+        "CERTIFICATE_VERIFY_FAILED",
+        "set REQUESTS_CA_BUNDLE to a file with the CA certificates of your network",
+    ),
+    _owner_hint(
+        "Tunnel connection failed",
+        "the proxy refuses; check address, user and password in HTTPS_PROXY",
+    ),
+    _owner_hint(
+        "bad address",
+        "check HTTPS_PROXY and the like: http://user:password@host:port, where special "
+        "characters of the password are written as %XX",
+    ),
+    _owner_hint("bad header", "a token or header of the client is no printable ASCII"),
+)
+
+# Packages of which a frame raises an error if Dropbox's answer cannot be read.
+LIBRARIES = ("dropbox", "stone", "requests", "urllib3", "json", "simplejson", "http")
+
+
+class _BadResponse(Exception):
+    """A response that is not what was asked for, or that ended too early."""
+
+
+class _RequestError(Exception):
+    """A request failed, as the failure tells."""
+
+    def __init__(self, failure):
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+class _Failure(
+    collections.namedtuple(
+        "_Failure",
+        "reason text is_transient is_lost retry_after status body number",
+        defaults=("", False, False, 0, 0, "", None),
+    )
+):
+    """What a failed request means.
+
+    reason: Dropbox's own text for programs. text: what it says to people.
+    is_transient: the same request may succeed later.
+    is_lost: the request may have been carried out, and only its response was lost.
+    retry_after: seconds that Dropbox asks to wait.
+    status, body, number: of a refusal; the number is that of the request.
+    """
+
+    __slots__ = ()
+
+    def cause(self):
+        """Return an error of the SDK that holds nothing but this, or None."""
+        from dropbox.exceptions import HttpError
+
+        return HttpError(self.number, self.status, self.body) if self.status else None
+
+    def describe_retry_after(self):
+        seconds = self.retry_after
+        return f"Dropbox asks to wait {seconds:g} s" if seconds else ""
+
+
+def _clear_frames(error, handled=None):
+    """Clear the frames of the error and its causes, which hold tokens and content.
+
+    handled: an error that was there before; it and its causes stay as they are.
+    """
+    while error is not None and error is not handled:
+        traceback.clear_frames(error.__traceback__)
+        cause = error.__cause__
+        error = error.__context__ if cause is None else cause
+
+
+def _explain(error, client):
     """Return the _Failure behind an error of the SDK, requests or urllib3.
 
-    Returns None for an error that comes from elsewhere, such as a time limit that a
-    signal handler raises. Those may be subclasses of OSError, ValueError or others, so
-    what the SDK raises for a response that it cannot decode is known by its exact type.
+    Returns None for an error that comes from elsewhere: a bug, a hook, or a time limit
+    that a signal handler raises.
     """
     from dropbox import exceptions
+    from dropbox.dropbox_client import BadInputException
     from dropbox.stone_validators import ValidationError
     from requests import RequestException
     from urllib3.exceptions import HTTPError
 
-    kind, reason = type(error), type(error).__name__.lstrip("_")
+    name = type(error).__name__.lstrip("_")
+    if isinstance(error, _RequestError):
+        return error.failure
     if isinstance(error, exceptions.HttpError):
-        asked = getattr(error, "retry_after", None)
-        return _explain_refusal(error.status_code, error.body or "", asked)
+        return _explain_refusal(error, client)
     if isinstance(error, exceptions.DropboxException):
-        return _Failure(reason)
-    is_transient = kind in UNDECODABLE or reason == "JSONDecodeError"
-    # A body that does not fit, missing CA certificates, a token that is not ASCII.
-    permanent = (ValidationError, OSError, UnicodeEncodeError)
+        return _Failure(name)
+    if isinstance(error, BadInputException):
+        return _Failure(name, _printable(_redact(str(error), client)))
+    if isinstance(error, ValidationError):  # a body that does not fit
+        return _Failure(name, _printable(_redact(str(error), client)), is_lost=True)
     if isinstance(error, (RequestException, HTTPError, _BadResponse)):
-        # Those that are a ValueError, too, are about a wrong header, URL or proxy.
-        is_transient = is_transient or not isinstance(error, ValueError)
-    elif not is_transient and kind not in permanent:
-        return None
-    is_lost = is_transient or kind is ValidationError
-    return _Failure(reason, _printable(str(error)), is_transient, is_lost)
+        return _explain_network_error(name, error, client)
+    package = _find_package(error)
+    if package == "urllib":
+        return _Failure(name, "bad address")
+    if package in LIBRARIES:
+        # The CA certificates are missing, or a header is not ASCII.
+        is_mine = isinstance(error, (OSError, UnicodeEncodeError))
+        text = _printable(_redact(str(error), client))
+        return _Failure(name, text, is_transient=not is_mine, is_lost=not is_mine)
+    return None
 
 
-def _explain_refusal(status, body, retry_after):
+def _explain_network_error(name, error, client):
+    text = _redact(str(error), client)
+    if isinstance(error, ValueError) and name != "JSONDecodeError":
+        # The text of such an error may show the password of a proxy, or a token.
+        return _Failure(name, "bad header" if "Header" in name else "bad address")
+    lasting = "CERTIFICATE_VERIFY_FAILED|Tunnel connection failed: 4"
+    if re.search(lasting, text):
+        return _Failure(name, _printable(text))
+    return _Failure(name, _printable(text), is_transient=True, is_lost=True)
+
+
+def _find_package(error):
+    """Return the package whose code has raised the error, if Python defines its class.
+
+    Returns "" for other errors, such as those that a timer raises in another thread.
+    """
+    kind = type(error).__module__.partition(".")[0]
+    is_python = kind in ("builtins", "json", "simplejson")
+    if not is_python or not isinstance(error, Exception):
+        return ""
+    if isinstance(error, MemoryError):
+        return ""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+def _explain_refusal(error, client):
     """Return the _Failure behind a response that is not 2xx.
 
     The reason is Dropbox's error_summary without the dots at its end, or the error of
     OAuth, or "HTTP 400".
     """
+    status = error.status_code
+    body = _redact(error.body or "", client)
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     summary = _field(answer, "error_summary") or _field(answer, "error")
     reason = _printable(summary).rstrip("/. ") if isinstance(summary, str) else ""
@@ -1452,10 +2292,21 @@ def _explain_refusal(status, body, retry_after):
     texts = [_field(answer, *names.split()) for names in fields]
     text = " ".join(str(text) for text in texts if text) if reason else body
     is_gone = status >= 500 or status == 408
-    is_busy = status == 429 or reason.endswith(TRANSIENT)
-    asked = max(map(_number, (retry_after, _field(answer, "error", "retry_after"))))
-    reason = reason or f"HTTP {status}"
-    return _Failure(reason, _printable(text), is_gone or is_busy, is_gone, asked)
+    is_busy = status == 429 or any(_has_words(reason, words) for words in TRANSIENT)
+    asked = (
+        getattr(error, "retry_after", None),
+        _field(answer, "error", "retry_after"),
+    )
+    return _Failure(
+        reason=reason or f"HTTP {status}",
+        text=_printable(text),
+        is_transient=is_gone or is_busy,
+        is_lost=is_gone,
+        retry_after=max(map(_number, asked)),
+        status=status,
+        body=body,
+        number=error.request_id,
+    )
 
 
 def _field(value, *names):
@@ -1473,29 +2324,89 @@ def _number(seconds):
 
 def _printable(text):
     """Return at most 500 characters of the text, without control characters."""
-    return "".join(c if c.isprintable() else " " for c in text[:500]).strip()
+    text = text[:500]
+    if not text.isprintable():
+        text = "".join(one if one.isprintable() else " " for one in text)
+    return text.strip()
 
 
-def _error_for(failure, route, path, tried):
-    """Return the error that Django expects, with the failure on it."""
-    told = f"{failure.reason} {failure.text}".strip()[:500]
-    for code, ends in OS_ERRORS.items():
-        if failure.reason.endswith(ends):
+def _has_words(text, words):
+    """Whether the text has these words: Dropbox may add others before and after."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
+
+
+def _redact(text, client):
+    """Return the text without credentials of the client and passwords of proxies."""
+    for name in CREDENTIALS:
+        secret = getattr(client, f"_{name}")
+        for part in _find_parts(secret) if secret else ():
+            text = text.replace(part, "***")
+    if "roxy" in text or "@" in text:
+        from requests.utils import getproxies
+
+        proxies = {**getproxies(), **client._session.proxies}
+        for proxy in proxies.values():
+            user = str(proxy).rpartition("@")[0].rpartition("//")[2]
+            for part in re.findall(r"[^:/]{3,}", user):
+                text = text.replace(part, "***")
+    return text
+
+
+@functools.lru_cache(maxsize=100)
+def _find_parts(secret):
+    """Return what shows a part of the secret, in whatever way it is quoted."""
+    spellings = {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1]}
+    return [*spellings, *re.findall("[A-Za-z0-9_-]{8,}", secret)]
+
+
+def _make_error(retry, route, path):
+    """Return the error that Django expects, with the failure on it, and log it."""
+    failure = retry.failure
+    for code, reasons in OS_ERRORS.items():
+        if any(_has_words(failure.reason, words) for words in reasons):
             error = _os_error(code, f"{route}: {failure.reason}", path)
-            break
-    else:
-        hints = [f" ({HINTS[key]})" for key in HINTS if re.search(rf"\b{key}\b", told)]
-        message = f"{route} of {path!r} failed{tried}: {told}{''.join(hints[:1])}."
-        error = DropboxStorageException(message, failure.reason, failure.is_transient)
+            error.failure = failure
+            return error
+    told = f"{failure.reason} {failure.text}".strip()[:500]
+    hint = _find_hint(told, route, retry.can_refresh)
+    advice = f" ({hint.advice})" if hint else ""
+    error = DropboxStorageException(
+        f"{route} of {path!r} failed{_describe_attempts(retry)}: {told}{advice}.",
+        failure.reason,
+        failure.is_transient,
+        failure.retry_after,
+    )
     error.failure = failure
     if failure.is_transient:
-        logger.warning("%s", error)
-    elif any(words in told for words in OWNER_REASONS):
-        logger.error("%s", error)
+        logger.warning("Gave up: %s", error)
+    elif hint and hint.is_for_owner:
+        # Trackers group errors by the template.
+        logger.error(f"{hint.words}: %s", error)
     return error
 
 
-NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+def _find_hint(told, route, can_refresh):
+    for hint in HINTS:
+        is_here = route.startswith(hint.context)
+        if hint.context == REFRESHING:
+            is_here = can_refresh
+        if is_here and _has_words(told, hint.words):
+            return hint
+    return None
+
+
+def _describe_attempts(retry):
+    """Return how long a request was attempted, for the message of its error."""
+    if not retry.failure.is_transient:
+        return ""
+    attempts = f"{retry.attempts} attempt{'s' if retry.attempts > 1 else ''}"
+    asks = retry.failure.describe_retry_after()
+    if asks:
+        asks = f"; {asks}, max_wait is {retry.max_wait:g} s"
+    return f" ({attempts}, {retry.waited:.0f} s{asks})"
+
+
+# -- The view --------------------------------------------------------------------------
 
 
 def serve(request, path, storage="default"):
@@ -1515,13 +2426,16 @@ def serve(request, path, storage="default"):
     try:
         if path != storage._clean_name(path):
             raise Http404(path)
-        link, made = storage._link(storage._path(path))
-    except (*NO_FILE, SuspiciousFileOperation, DropboxStorageException) as error:
-        if not getattr(error, "reason", "malformed_path").endswith("malformed_path"):
+        link = storage._link(storage._path(path))
+    except (*NO_FILE, SuspiciousFileOperation) as error:
+        raise Http404(path) from error
+    except DropboxStorageException as error:
+        if not _has_words(error.reason, "malformed_path"):
             raise
         raise Http404(path) from error
-    left = made + LINK_LIFE - LINK_RESERVE - time.time()
-    seconds = max(0, int(min(storage._option("url_cache_timeout") or 0, left)))
+    # The link may have been in the cache for so long.
+    age = storage._option("url_cache_timeout") or 0
+    seconds = int(min(age, LINK_LIFE - LINK_RESERVE - age))
     cache_control = f"private, max-age={seconds}"
     return HttpResponseRedirect(link, headers={"Cache-Control": cache_control})
 

@@ -31,8 +31,13 @@ _AnyStr_contra = TypeVar("_AnyStr_contra", str, bytes, contravariant=True)
 class DropboxStorageException(Exception):
     reason: str
     temporary: bool
+    retry_after: float
     def __init__(
-        self, message: str, reason: str = "", temporary: bool = False
+        self,
+        message: str,
+        reason: str = "",
+        temporary: bool = False,
+        retry_after: float = 0,
     ) -> None: ...
 
 # Without django-stubs, the base is Any.
@@ -78,7 +83,6 @@ class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
     def deconstruct(
         obj,  # pyright: ignore[reportSelfClsParameterName]
     ) -> tuple[str, tuple[Any, ...], dict[str, Any]]: ...
-    def __getstate__(self) -> dict[str, object]: ...
     # A dropbox.Dropbox. Any, because the SDK has no types: a protocol of its public
     # methods would accept objects that do not work.
     @property
@@ -118,6 +122,7 @@ class _Write(Protocol[_AnyStr_contra]):
 class DropboxFile(File[AnyStr], Generic[AnyStr]):  # type: ignore[misc, unused-ignore]
     name: str | None
     mode: str
+    file: Any  # a file of Python's, which the methods below use
     @overload
     def __init__(
         self: DropboxFile[bytes],
@@ -149,6 +154,7 @@ class DropboxFile(File[AnyStr], Generic[AnyStr]):  # type: ignore[misc, unused-i
         traceback: TracebackType | None,
     ) -> None: ...
     def close(self) -> None: ...
+    def discard(self) -> None: ...
     def __del__(self) -> None: ...
 
 def serve(

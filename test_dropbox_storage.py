@@ -12,6 +12,7 @@ DROPBOX_STORAGE_TESTS=1 in the environment.
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -26,6 +27,7 @@ import random
 import re
 import threading
 import unicodedata
+import unittest.mock
 from urllib.parse import parse_qs, urlsplit
 
 import dropbox
@@ -234,9 +236,24 @@ class FakeAccount(requests.adapters.HTTPAdapter):
     # What tests and the demo do with it
 
     def connect(self, storage):
-        """Let the client of the storage talk to this account; return the storage."""
-        storage.client._session.mount("https://", self)
+        """Let the storage talk to this account, with its credentials of now; return it."""
+        client = copy.copy(storage.client)
+        client._session = self.create_session()
+        storage.client = client
         return storage
+
+    def create_session(self, *args, **kwargs):
+        session = requests.Session()
+        session.mount("https://", self)
+        return session
+
+    @contextlib.contextmanager
+    def mounted(self):
+        """Inside the block, all storages without an assigned client use this account."""
+        patch = unittest.mock.patch
+        with patch.dict(import_module()._processes, clear=True):
+            with patch.object(dropbox, "create_session", self.create_session):
+                yield self
 
     def storage(self, **options):
         """Return a DropboxStorage on this account, which pauses for no visible time."""
@@ -690,7 +707,7 @@ class FakeDropbox(dropbox.Dropbox):
 
 
 # ---- The end of the fake Dropbox. ----
-import copy
+import _thread
 import errno
 import faulthandler
 import gc
@@ -709,7 +726,6 @@ import time
 import traceback
 import types
 import unittest
-import unittest.mock
 import warnings
 import weakref
 import zipfile
@@ -810,6 +826,7 @@ network = Network()
 # Stands for 1 MiB in all tests but those that run at true size.
 UNIT = 1024
 SIZES = ("HASH_BLOCK", "MAX_REQUEST", "WHOLE_FILE", "READ_BLOCK", "DRAIN", "READ_SIZE")
+SIZES += ("SMALL_FILE",)
 TRUE_SIZES = [getattr(module, name) for name in SIZES]
 
 
@@ -818,6 +835,7 @@ def sizes(unit):
     """Let the storage and the fake work with this many bytes in place of 1 MiB."""
     fake, real = sys.modules[__name__], {"HASH_BLOCK": 4, "MAX_REQUEST": 150}
     more = {"WHOLE_FILE": 8, "READ_BLOCK": 2, "DRAIN": 0.5, "READ_SIZE": 1}
+    more["SMALL_FILE"] = 0.25
     with contextlib.ExitStack() as stack:
         for name, size in {**real, **more}.items():
             for place in (module, fake)[: 2 if name in real else 1]:
@@ -895,6 +913,31 @@ class Clock:
         self.now += seconds
 
 
+class Threads:
+    """Stands for the module's _thread: it counts the threads that run."""
+
+    allocate_lock = staticmethod(_thread.allocate_lock)
+
+    def __init__(self):
+        self.running, self.lock = 0, threading.Lock()
+
+    def start_new_thread(self, function, args):
+        with self.lock:
+            self.running += 1
+
+        def run(args):
+            function(*args)
+            del args
+            with self.lock:
+                self.running -= 1
+
+        try:
+            _thread.start_new_thread(run, (args,))
+        except BaseException:
+            self.running -= 1
+            raise
+
+
 REFRESHING = {
     "oauth2_access_token": None,
     "oauth2_refresh_token": "valid-refresh-token",
@@ -917,11 +960,15 @@ class StorageTestCase(SimpleTestCase):
 
     def setUp(self):
         cache.clear()
-        self.clock, self.threads_before = Clock(), set(threading.enumerate())
-        patch = unittest.mock.patch.object(module, "time", self.clock)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.clock, self.threads = Clock(), Threads()
+        for name, stand_in in (("time", self.clock), ("_thread", self.threads)):
+            patch = unittest.mock.patch.object(module, name, stand_in)
+            patch.start()
+            self.addCleanup(patch.stop)
         self.new_account()
+        mounted = self.account.mounted()
+        mounted.__enter__()
+        self.addCleanup(mounted.__exit__, None, None, None)
 
     def new_account(self, *args, **kwargs):
         self.account = self.account_class(*args, **kwargs)
@@ -982,14 +1029,10 @@ class StorageTestCase(SimpleTestCase):
     def ends_its_threads(self):
         """Nobody waits for threads in the background, but they soon end."""
 
-        def running():
-            alive = set(threading.enumerate()) - self.threads_before
-            return [one for one in alive if one.name == "dropbox_storage"]
-
         end = time.monotonic() + 5
-        while running() and time.monotonic() < end:
+        while self.threads.running and time.monotonic() < end:
             time.sleep(0.01)
-        self.assertEqual(running(), [])
+        self.assertEqual(self.threads.running, 0)
 
 
 class Unsized:
@@ -1269,8 +1312,8 @@ TOLD = {
     "change root_path)",
     "/path/disallowed_name": "path/disallowed_name (Dropbox reserves that name; "
     "get_valid_name() mends it)",
-    "/path/malformed_path": "path/malformed_path (no backslash, NUL, DEL, space at an end; at "
-    "most 255; no emoji?)",
+    "/path/malformed_path": "path/malformed_path (a name must not hold a backslash, NUL or DEL, "
+    "end with a space or have more than 255 characters; some accounts allow no emoji)",
     "/path/team_folder": "path/team_folder (a team folder is changed in the team's Admin Console)",
     "/path/operation_suppressed": "path/operation_suppressed (Dropbox blocks this now; look into "
     "the account's web site)",
@@ -1298,9 +1341,16 @@ TOLD = {
     "list": 'HTTP 400 ["no object"]',
     "redirect": "HTTP 307",
     "no_route": "HTTP 404 Unknown API function",
-    "account_type": "invalid_account_type/feature",
-    "route_access": "route_access_denied",
+    "account_type": "invalid_account_type/feature (the account's plan does not include this)",
+    "route_access": "route_access_denied (the app or its team does not allow this call)",
 }
+
+
+def raised_by(name, error):
+    """A function of the module with this name that raises the error."""
+    names = {"__name__": name, "error": error}
+    exec("def fail(): raise error", names)
+    return names["fail"]
 
 
 # What an error means
@@ -1319,12 +1369,6 @@ class ErrorTests(StorageTestCase):
                 self.assertFalse(error.temporary)
                 self.assertIsInstance(error.__cause__, dropbox.exceptions.HttpError)
                 self.assertRegex(error.__cause__.request_id, "^[0-9a-f]+$")
-
-    def test_every_hint_is_shown(self):
-        shown = "".join(TOLD.values())
-        for words, hint in module.HINTS.items():
-            if words not in ("invalid_grant", "invalid_client"):  # see TokenTests
-                self.assertIn(f"({hint})", shown)
 
     def test_what_dropbox_says_to_the_user_is_shown(self):
         said = {"user_message": {"text": "Ask\nyour\x1b[31m admin.", "locale": "en"}}
@@ -1389,11 +1433,8 @@ class ErrorTests(StorageTestCase):
         except KeyError as before:
             with self.refused("*", "bad_input") as caught:
                 self.storage.exists("a")
-            error = cause = caught.exception.__cause__
-            self.assertIsInstance(cause, dropbox.exceptions.HttpError)
-            while error.__context__:
-                error = error.__context__
-            self.assertIs(error, before)
+            self.assertIs(caught.exception.__context__, before)
+            self.assertIsNotNone(before.__traceback__.tb_frame.f_locals)
 
     def test_what_a_signal_handler_raises_passes_through(self):
         class Limit(AssertionError):  # as timeout-decorator's
@@ -1422,14 +1463,34 @@ class ErrorTests(StorageTestCase):
             self.assertIs(caught.exception, error)
 
     def test_what_no_waiting_mends_is_reported_at_once(self):
-        missing = OSError("Could not find a suitable TLS CA certificate bundle")
-        for error in (missing, requests.exceptions.InvalidHeader("bad"), missing):
-
-            def fail(error=error):
-                raise error
-
-            with self.refused("*", fail) as caught:
-                self.storage.exists("a")
+        bundle = OSError("Could not find a suitable TLS CA certificate bundle")
+        connect = "HTTPSConnectionPool(host='x', port=443): Max retries exceeded"
+        verify = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
+        tunnel = (
+            "OSError('Tunnel connection failed: 407 Proxy Authentication Required')"
+        )
+        for error, told in (
+            (bundle, f"OSError {bundle}"),
+            (requests.exceptions.SSLError(f"{connect} {verify}"),
+             f"SSLError {connect} {verify} (set REQUESTS_CA_BUNDLE to a file with the CA "
+             "certificates of your network)"),
+            (requests.exceptions.ProxyError(tunnel),
+             f"ProxyError {tunnel} (the proxy refuses; check address, user and password in "
+             "HTTPS_PROXY)"),
+            (requests.exceptions.InvalidProxyURL("http://user:secret@[x"),
+             "InvalidProxyURL bad address (check HTTPS_PROXY and the like: "
+             "http://user:password@host:port, where special characters of the password are "
+             "written as %XX)"),
+            (requests.exceptions.InvalidHeader("Bearer secret"),
+             "InvalidHeader bad header (a token or header of the client is no printable ASCII)"),
+            (UnicodeEncodeError("latin-1", "\u0142", 0, 1, "ordinal not in range(256)"),
+             "UnicodeEncodeError 'latin-1' codec can't encode character '\\u0142' in position 0: "
+             "ordinal not in range(256)"),
+        ):  # fmt: skip
+            message = f"files/get_metadata of '/a' failed: {told}."
+            with self.failing("*", raised_by("requests.adapters", error)):
+                with self.raises(DropboxStorageException, message) as caught:
+                    self.storage.exists("a")
             self.assertEqual(self.clock.pauses, [])
             self.assertFalse(caught.exception.temporary)
             self.assertEqual(caught.exception.reason, type(error).__name__)
@@ -1519,7 +1580,8 @@ class SecretTests(StorageTestCase):
                 shown = "".join(traceback.format_exception(None, error, None))
                 self.assertIn("DropboxStorageException", shown)
                 self.assertNotIn("hidden", shown)
-                self.assertNotIn("hidden", repr(vars(error.__cause__)))
+                if error.__cause__:  # Dropbox has answered
+                    self.assertNotIn("hidden", repr(vars(error.__cause__)))
 
     def debug_page(self, act):
         """An error and what Django's debug page, and its mail to ADMINS, show of it.
@@ -1590,7 +1652,7 @@ class SecretTests(StorageTestCase):
             {"oauth2_access_token": secret, "root_path": "relative"},
             {"oauth2_access_token": secret, "unknown": 1},
             {"oauth2_access_token": f"{secret} "},
-            {"oauth2_refresh_token": secret, "app_key": secret},
+            {"oauth2_refresh_token": secret, "app_secret": secret},
             {"app_secret": secret, "timeout": 0},
         ):
             error, page = self.debug_page(lambda: DropboxStorage(**options))
@@ -1703,52 +1765,75 @@ class OptionTests(StorageTestCase):
             self.assertEqual(storage.root_path, "/later")
         self.assertEqual(storage.root_path, "/")
 
-    def test_a_refresh_token_needs_key_and_secret_and_the_reverse(self):
-        together = (
-            "not set: set all three of oauth2_refresh_token, app_key, app_secret, or "
-            "else oauth2_access_token (DROPBOX_OAUTH2_TOKEN) alone."
+    def test_credentials_that_cannot_work_together_are_refused(self):
+        advice = (
+            "not set: set oauth2_refresh_token, app_key and app_secret (an app that uses PKCE "
+            "has no secret), or else oauth2_access_token (DROPBOX_OAUTH2_TOKEN)."
         )
-        key, secret = "app_key (DROPBOX_APP_KEY)", "app_secret (DROPBOX_APP_SECRET)"
-        with self.raises(ImproperlyConfigured, f"{key} and {secret} {together}"):
-            DropboxStorage(oauth2_refresh_token="refresh")
-        with self.raises(ImproperlyConfigured, f"{secret} {together}"):
-            DropboxStorage(oauth2_refresh_token="refresh", app_key="key")
-        refresh = "oauth2_refresh_token (DROPBOX_OAUTH2_REFRESH_TOKEN)"
-        with self.raises(ImproperlyConfigured, f"{refresh} {together}"):
-            DropboxStorage(app_secret="secret", app_key="key")
-        with override_settings(DROPBOX_OAUTH2_REFRESH_TOKEN="refresh"):
-            with self.raises(ImproperlyConfigured, f"{key} and {secret} {together}"):
-                DropboxStorage("token")
-        storage = DropboxStorage()
-        with override_settings(DROPBOX_APP_KEY="key"):
-            with self.raises(
-                ImproperlyConfigured, f"{refresh} and {secret} {together}"
-            ):
-                storage.exists("a")
-
-    def test_a_bad_credential_is_not_repeated(self):
-        with self.raises(
-            ImproperlyConfigured,
-            "oauth2_access_token (or DROPBOX_OAUTH2_TOKEN) must be printable ASCII without "
-            "spaces, quotes and backslashes: found something else.",
+        key, secret = {"app_key": "k"}, {"app_secret": "s"}
+        refresh, access = {"oauth2_refresh_token": "r"}, {"oauth2_access_token": "a"}
+        no_key = f"app_key (DROPBOX_APP_KEY) {advice}"
+        no_token = f"oauth2_refresh_token (DROPBOX_OAUTH2_REFRESH_TOKEN) {advice}"
+        neither = no_token.replace(" not set", " and app_key (DROPBOX_APP_KEY) not set")
+        for options, message in (
+            ({}, None),
+            ({**access}, None),
+            ({**access, **key, **secret}, None),
+            ({**access, **secret}, None),
+            ({**refresh, **key}, None),  # with PKCE
+            ({**refresh, **key, **secret}, None),
+            ({**access, **refresh, **key}, None),
+            ({**refresh}, no_key),
+            ({**refresh, **secret}, no_key),
+            ({**access, **refresh}, no_key),
+            ({**key, **secret}, no_token),
+            ({**key}, no_token),
+            ({**secret}, neither),
         ):
-            DropboxStorage("se cret\n")
+            with self.subTest(options):
+                if message:
+                    with self.raises(ImproperlyConfigured, message):
+                        DropboxStorage(**options)
+                    names = {
+                        module.OPTIONS[name].setting: options[name] for name in options
+                    }
+                    storage = DropboxStorage()
+                    with override_settings(**names):
+                        with self.raises(ImproperlyConfigured, message):
+                            storage.exists("a")
+                else:
+                    DropboxStorage(**options)
+        with self.raises(ImproperlyConfigured, neither):
+            DropboxStorage().exists("a")
 
-    def test_without_credentials_only_the_first_use_fails(self):
-        with self.raises(
-            ImproperlyConfigured,
-            "oauth2_refresh_token (DROPBOX_OAUTH2_REFRESH_TOKEN) and app_key (DROPBOX_APP_KEY) "
-            "and app_secret (DROPBOX_APP_SECRET) not set: set all three of "
-            "oauth2_refresh_token, app_key, app_secret, or else oauth2_access_token "
-            "(DROPBOX_OAUTH2_TOKEN) alone.",
+    def test_a_bad_credential_is_described_and_not_shown(self):
+        must = "must be printable ASCII without spaces, quotes and backslashes: found"
+        other = "another character, which is not shown"
+        for value, found in (
+            ('"token"', other),
+            ("'token'", other),
+            ("to\\ken", other),
+            ("to ken", other),
+            ("t\xf6ken", other),
+            ("token\n", "a line break or a blank at its end"),
+            ("token\r\n", "a line break or a blank at its end"),
+            ("token ", "a line break or a blank at its end"),
+            (b"token", "a value of type bytes"),
+            (7, "a value of type int"),
         ):
-            DropboxStorage().exists("a.txt")
+            for name in module.CREDENTIALS:
+                message = f"{name} (or {module.OPTIONS[name].setting}) {must} {found}."
+                with self.raises(ImproperlyConfigured, message):
+                    DropboxStorage(**{name: value})
 
     def test_what_is_empty_is_not_set(self):
         """As unset environment variables are."""
         storage = DropboxStorage(**dict.fromkeys(module.CREDENTIALS, ""), base_url="")
-        for option in (*module.CREDENTIALS, "base_url"):
-            self.assertIsNone(getattr(storage, option))
+        with self.assertRaisesRegex(ImproperlyConfigured, "not set"):
+            storage.exists("a")
+        storage = self.account.storage(base_url="", namespace_id="", team_member_id="")
+        self.save("a")
+        self.assertTrue(storage.url("a").startswith("https://"))
 
     def test_root_path_is_tidied(self):
         for spelling, root in {
@@ -1757,9 +1842,17 @@ class OptionTests(StorageTestCase):
             "/": "/",
             "/e\u0301": "/\xe9",
         }.items():
-            self.assertEqual(DropboxStorage(root_path=spelling).root_path, root)
-            subclass = type("Subclass", (DropboxStorage,), {"root_path": spelling})
-            self.assertEqual(subclass().root_path, root)
+            attributes = {"root_path": spelling, "oauth2_access_token": "valid-token"}
+            subclass = type("Subclass", (DropboxStorage,), attributes)
+            for storage in (
+                DropboxStorage("valid-token", root_path=spelling),
+                subclass(),
+            ):
+                self.account.entries.clear()
+                self.save("a", b"x", self.account.connect(storage))
+                self.assertEqual(
+                    [*self.account.files()], [f"{root}/a".replace("//", "/")]
+                )
 
     def test_a_refresh_token_that_is_an_access_token_is_refused(self):
         with self.raises(
@@ -1768,24 +1861,26 @@ class OptionTests(StorageTestCase):
         ):
             DropboxStorage(oauth2_refresh_token="sl.x", app_key="k", app_secret="s")
 
-    def test_quotes_and_backslashes_in_credentials_are_refused(self):
-        for option, value in itertools.product(
-            module.CREDENTIALS, ('"token"', "'token'", "to\\ken")
-        ):
-            setting = module.OPTIONS[option].setting
-            with self.raises(
-                ImproperlyConfigured,
-                f"{option} (or {setting}) must be printable ASCII without spaces, quotes and backslashes: found "
-                "something else.",
+    def test_names_of_django_storages_are_refused(self):
+        """Ignored, they would put files into another folder."""
+        for name, advice in {
+            "location": "it is called root_path here; rename it",
+            "get_default_settings": "set the options as class attributes or arguments",
+            "_full_path": "set root_path, or override generate_filename()",
+            "_chunked_upload": "override _save()",
+        }.items():
+            start = f"{name} of Media belongs to django-storages and would be ignored"
+            for value in (
+                "/media",
+                lambda self: "/media",
+                property(lambda self: 1 / 0),
             ):
-                DropboxStorage(**{option: value})
-
-    def test_what_the_older_backend_called_location_is_refused(self):
-        message = "location is called root_path here; rename it."
-        with self.raises(ImproperlyConfigured, message):
+                with self.raises(ImproperlyConfigured, f"{start}: {advice}."):
+                    type("Media", (DropboxStorage,), {name: value})()
+        with self.assertRaisesRegex(
+            ImproperlyConfigured, "^location of DropboxStorage"
+        ):
             DropboxStorage(location="/media")
-        with self.raises(ImproperlyConfigured, message):
-            type("Media", (DropboxStorage,), {"location": "/media"})()
 
     def test_an_unknown_option_is_named(self):
         for option in ("token", "preload_metadata", "shared_links"):
@@ -1810,7 +1905,7 @@ class OptionTests(StorageTestCase):
             ("max_wait", -1): f"{seconds} 0 to 86400",
             ("max_wait", 86401): f"{seconds} 0 to 86400",
             ("url_cache", "links"): "one of 'default', 'other'",
-            ("url_cache_timeout", 14401): f"{seconds} 0 to 14400",
+            ("url_cache_timeout", 10801): f"{seconds} 0 to 10800",
             ("base_url", 7): "a URL such as '/media/', or None",
             (
                 "namespace_id",
@@ -1935,16 +2030,17 @@ class ConfigurationTests(StorageTestCase):
                 self.storage.client.files_get_metadata("/a")
             self.account.faults.clear()
 
-    def test_copies_and_pickles_build_their_own_client(self):
-        storage = self.account.storage(root_path="/r")
+    def test_copies_and_pickles_share_the_client(self):
+        storage = DropboxStorage("valid-token", root_path="/r")
         for copied in (copy.deepcopy(storage), pickle.loads(pickle.dumps(storage))):
             self.assertEqual(copied.deconstruct(), storage.deconstruct())
-            self.assertIsNot(copied.client, storage.client)
-            name = self.save("a.txt", b"x", self.account.connect(copied))
+            self.assertIs(copied.client, storage.client)
+            name = self.save("a.txt", b"x", copied)
             self.assertIn(f"/r/{name}", self.account.files())
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
     def test_a_forked_process_builds_its_own_client(self):
+        self.storage = DropboxStorage("valid-token")
         self.storage.exists("a.txt")
         parent = id(self.storage.client)
         with warnings.catch_warnings():
@@ -1953,7 +2049,7 @@ class ConfigurationTests(StorageTestCase):
         if not child:
             status = 1
             with contextlib.suppress(BaseException):
-                self.account.connect(self.storage).exists("a.txt")
+                self.storage.exists("a.txt")
                 status = int(id(self.storage.client) == parent)
             os._exit(status)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
@@ -2015,7 +2111,7 @@ class ConfigurationTests(StorageTestCase):
             storage.tenant = tenant
             self.account.tokens = {f"{tenant}-token"}
             if tenant == "one":
-                self.save("a.txt", b"x", self.account.connect(storage))
+                self.save("a.txt", b"x", storage)
         self.assertEqual(self.account.files(), {"/tenants/one/a.txt": b"x"})
         with self.assertRaisesRegex(ImproperlyConfigured, "oauth2_access_token"):
             storage.exists("a.txt")
@@ -2052,17 +2148,20 @@ class ConfigurationTests(StorageTestCase):
         storage.asked = []
         for tenant in tenants:
             self.account.refresh_tokens[f"refresh-{tenant}"] = ("app-key", "app-secret")
-        for storage.tenant in tenants:
-            self.account.connect(storage)
-        storage.asked.clear()
         for storage.tenant in tenants * 7:
             storage.exists("a")
         self.assertEqual(self.account.calls["oauth2/token"], 3)
-        self.assertEqual(storage.asked, [*tenants * 7])  # once for each decision
-        for number in range(100):
-            storage.tenant = f"{number}"
-            self.assertTrue(storage.client)
-        self.assertLessEqual(len(storage._kept), 2 * module.KEPT_CLIENTS + 1)
+        self.assertEqual(storage.asked, [*tenants * 7])  # once for each request
+        clients = weakref.WeakSet()
+        with unittest.mock.patch.object(module, "KEPT_CLIENTS", 5):
+            for number in range(20):
+                storage.tenant = f"{number}"
+                clients.add(storage.client)
+                storage.tenant = "0"  # is used again and again, and stays
+                clients.add(storage.client)
+            gc.collect()
+            self.assertEqual(len(clients), 5)
+            self.assertIn(storage.client, clients)
 
     def test_threads_share_a_client_that_is_made_at_once(self):
         storage = DropboxStorage("token")
@@ -2120,13 +2219,15 @@ class SavingTests(StorageTestCase):
         chunk = self.storage.CHUNK_SIZE
         data = noise(3 * chunk + 1, 1)
         sizes = [n * chunk + d for n in range(4) for d in (-1, 0, 1)][1:]
+        sizes += [module.SMALL_FILE, module.SMALL_FILE + 1]
         for size in [*sizes, HASH_BLOCK // 2, chunk + HASH_BLOCK // 2, 2 * chunk + 5]:
             with self.subTest(size), self.account.counting() as calls:
                 self.assertEqual(self.save("a", data[:size]), "a")
                 self.assertEqual(self.account.files(), {"/a": data[:size]})
             if size <= 2 * chunk:
                 self.assertEqual(calls["files/upload"], 1)
-                self.assertEqual(sum(calls.values()), 2)  # exists() is the other one
+                # Only for a larger file it asks first whether the name is taken.
+                self.assertEqual(sum(calls.values()), 1 + (size > module.SMALL_FILE))
             self.assertFalse(set(self.account.sessions))
             self.storage.delete("a")
 
@@ -2247,8 +2348,7 @@ class SavingTests(StorageTestCase):
             for mode in ("add", "x"):
                 account = FakeAccount()
                 storage = account.storage()
-                # With a session even the time may be the same, as it shows more.
-                times = {} if size > 5 else {"modified": "2024-07-01T12:00:00Z"}
+                times = {"modified": "2024-07-01T12:00:00Z"}
                 for route in ("files/upload", "files/upload_session/finish"):
                     account.fail(route, lambda: account.put("/a", data, **times))
                 with self.subTest(size=size, mode=mode):
@@ -2553,7 +2653,7 @@ class LookingTests(StorageTestCase):
     def test_collectstatic_asks_for_each_file_as_little_as_django_does(self):
         files = {f"{number}.css": b"x" for number in range(5)}
         with collecting(self.account, StaticStorage, files) as collect:
-            for calls in (15, 10):
+            for calls in (10, 10):
                 before = sum(self.account.calls.values())
                 collect()
                 self.assertEqual(sum(self.account.calls.values()) - before, calls)
@@ -2738,11 +2838,12 @@ class LinkTests(StorageTestCase):
         self.assertEqual(self.account.calls["files/get_temporary_link"], 1)
 
     def test_the_cache_holds_no_secret(self):
-        self.storage.url("a b.txt")
-        self.assertEqual(len(cache._cache), 1)
-        (key,) = cache._cache
-        self.assertNotIn("valid-token", key)
+        link = self.storage.url("a b.txt")
+        key, mark = sorted(cache._cache)
         self.assertRegex(key, "^:1:dropbox_storage:[0-9a-f]{64}$")
+        self.assertEqual(mark, f"{key}:request")
+        self.assertEqual(cache.get(key.partition(":1:")[2]), link)
+        self.assertRegex(cache.get(mark.partition(":1:")[2]), "^[0-9a-f]{32}$")
 
     def test_url_cache_timeout(self):
         for timeout in (0, None):
@@ -2765,7 +2866,6 @@ class LinkTests(StorageTestCase):
 
     def test_base_url_needs_no_call(self):
         storage = DropboxStorage(base_url="/media")
-        self.assertEqual(storage.base_url, "/media/")
         for name, url in {
             "a b.txt": "/media/a%20b.txt",
             "/dir\\\xe9.txt": "/media/dir/%C3%A9.txt",
@@ -2892,16 +2992,15 @@ class LinkTests(StorageTestCase):
 
     def test_what_is_no_link_in_the_cache_is_ignored(self):
         self.storage.url("a b.txt")
-        (key,) = (key.partition(":1:")[2] for key in cache._cache)
-        good = cache.get(key)
+        key = min(cache._cache).partition(":1:")[2]
         for garbage in (
             7,
             "x",
             [],
             {"a": 1},
-            ("http://a", 1),
-            (good[0], "now"),
-            (1, 2),
+            "http://a",
+            b"https://a",
+            ("https://a", 1),
         ):
             cache.set(key, garbage)
             link = self.storage.url("a b.txt")
@@ -2917,7 +3016,7 @@ class LinkTests(StorageTestCase):
             link = storage.url("a b.txt")
             self.assertEqual(storage.url("a b.txt"), link)
             self.assertEqual(len(caches["default"]._cache), 0)
-            self.assertEqual(len(caches["links"]._cache), 1)
+            self.assertEqual(len(caches["links"]._cache), 2)
             storage.delete("a b.txt")
             self.assertEqual(len(caches["links"]._cache), 0)
 
@@ -3036,12 +3135,14 @@ class WaitingTests(StorageTestCase):
 
     def test_a_pause_that_is_too_long_is_not_begun(self):
         message = (
-            "files/get_metadata of '/a' failed (Dropbox asks to wait 300 s, max_wait is 60): "
-            "too_many_requests."
+            "files/get_metadata of '/a' failed (1 attempt, 0 s; Dropbox asks to wait 300 s, "
+            "max_wait is 60 s): too_many_requests."
         )
         with self.failing("*", "429", value=300):
-            with self.raises(DropboxStorageException, message):
+            with self.raises(DropboxStorageException, message) as caught:
                 self.storage.exists("a")
+        for error in (caught.exception, pickle.loads(pickle.dumps(caught.exception))):
+            self.assertEqual((error.temporary, error.retry_after), (True, 300))
         self.assertEqual(self.clock.pauses, [])
 
     def test_permanent_failures_are_not_repeated_without_a_pause_either(self):
@@ -3097,23 +3198,30 @@ class WaitingTests(StorageTestCase):
         with self.failing("*", "503", times=999):
             lines = self.logs(lambda: self.storage.exists("a"), "WARNING")
         self.assertRegex(
-            lines[-1], r"^WARNING:.*'/a' failed \(\d+ attempts, \d+ s\): HTTP"
+            lines[-1],
+            r"^WARNING:.*:Gave up: .*'/a' failed \(\d+ attempts, \d+ s\): HTTP",
         )
 
-    def test_a_refusal_for_credentials_or_space_is_one_error(self):
-        kinds = (
-            "invalid_token",
-            "missing_scope",
-            "app_scope",
-            "suspended",
-            "expired_token",
-        )
-        for kind in (*kinds, "/path/insufficient_space"):
-            with self.failing("*", kind, times=9):
-                (line,) = self.logs(lambda: self.storage.exists("a"), "INFO")
-            self.assertTrue(
-                line.startswith("ERROR:dropbox_storage:files/get_metadata of")
-            )
+    def test_what_an_owner_can_mend_is_one_error_with_a_template_of_its_own(self):
+        for kind, template in {
+            "invalid_token": "invalid_access_token: %s",
+            "expired_token": "expired_access_token: %s",
+            "missing_scope": "missing_scope: %s",
+            "app_scope": "required scope: %s",
+            "suspended": "user_suspended: %s",
+            "select_user": "invalid_select_user: %s",
+            "account_type": "invalid_account_type: %s",
+            "no_permission": "no_permission: %s",
+            "/path/insufficient_space": "insufficient_space: %s",
+            "/path/no_write_permission": "no_write_permission: %s",
+        }.items():
+            with self.subTest(kind), self.failing("*", kind, times=9):
+                with self.assertLogs("dropbox_storage", "INFO") as logs:
+                    with self.assertRaises(DropboxStorageException) as caught:
+                        self.storage.exists("a")
+            (record,) = logs.records
+            self.assertEqual((record.levelname, record.msg), ("ERROR", template))
+            self.assertEqual(record.args, (caught.exception,))
         storage = self.account.storage(**REFRESHING, max_wait=0)
         with self.failing("files/get_metadata", "expired_token", times=9):
             lines = self.logs(lambda: storage.exists("a"), "INFO")
@@ -3181,11 +3289,10 @@ class TokenTests(StorageTestCase):
         self.assertEqual(calls, {"files/get_metadata": 2, "oauth2/token": 4})
 
     def test_a_token_that_hardly_lives_is_refreshed_once_a_call(self):
-        self.account.expires_in = 60
+        self.account.expires_in = 0
         for _ in range(2):
-            with self.account.counting() as calls:
+            with self.costs("oauth2/token", "files/get_metadata"):
                 self.storage.exists("a")
-            self.assertEqual(calls["oauth2/token"], 1)
 
     def test_a_short_lived_token_warns_once_and_its_expiry_is_explained(self):
         self.account.tokens.add("sl.short")
@@ -3228,9 +3335,37 @@ class TokenTests(StorageTestCase):
             for _ in range(3):
                 self.assertFalse(self.storage.exists("a"))
 
-    def test_any_401_for_the_token_in_use_lets_the_next_request_refresh_it(self):
+    def test_a_refused_token_is_renewed_once(self):
         self.storage.exists("a")
-        with self.refused("files/get_metadata", "invalid_token"):
+        for kind in ("invalid_token", "expired_token"):
+            renewed = ["files/get_metadata", "oauth2/token", "files/get_metadata"]
+            with self.failing("files/get_metadata", kind), self.costs(*renewed):
+                self.assertFalse(self.storage.exists("a"))
+            self.assertEqual(self.clock.pauses, [0])
+            self.clock.pauses.clear()
+        message = (
+            "files/get_metadata of '/a' failed: invalid_access_token (a token that Dropbox has "
+            "just given is refused; authorize the app again)."
+        )
+        with self.failing("files/get_metadata", "invalid_token", times=2):
+            with self.raises(DropboxStorageException, message):
+                self.storage.exists("a")
+
+    def test_after_a_revocation_it_says_so(self):
+        self.storage.exists("a")
+        self.account.tokens.clear()
+        self.account.refresh_tokens.clear()
+        message = (
+            "files/get_metadata of '/a' failed: invalid_grant (oauth2_refresh_token is wrong, "
+            "revoked or of another app)."
+        )
+        for _ in range(2):
+            with self.raises(DropboxStorageException, message):
+                self.storage.exists("a")
+
+    def test_a_401_for_another_reason_lets_the_next_request_refresh(self):
+        self.storage.exists("a")
+        with self.refused("files/get_metadata", "missing_scope"):
             self.storage.exists("a")
         with self.costs("oauth2/token", "files/get_metadata"):
             self.storage.exists("a")
@@ -3294,7 +3429,9 @@ class StalledTokenTests(StorageTestCase):
         self.assertEqual(self.file.read(5), LARGE[5:10])
         self.assertTrue(self.storage.exists("a"))
         self.assertLess(time.monotonic() - begun, 0.3)
-        self.assertIsInstance(refreshing.exception(), DropboxStorageException)
+        self.assertTrue(refreshing.result())
+        self.ends_its_threads()
+        self.assertTrue(self.storage.exists("a"))  # a failed early refresh harms nobody
 
 
 class FaultTests(StorageTestCase):
@@ -3364,7 +3501,9 @@ class FaultTests(StorageTestCase):
                     account, found, calls = self.run_one(operation, fails)
                     self.assertIsInstance(found, DropboxStorageException)
                     self.assertFalse(found.temporary)
-                    self.assertLessEqual(calls[route], clean[route] + 1)
+                    # A block that failed ahead of its reader is requested once more.
+                    more = 1 + 2 * (operation == "read huge")
+                    self.assertLessEqual(calls[route], clean[route] + more)
                     self.assertEqual(account.files()["/a"], b"old")
                     self.assertNotIn("/new", account.files())
 
@@ -3423,7 +3562,9 @@ class FaultTests(StorageTestCase):
                     fails = (route, interrupt, nth, 999)
                     account, found, calls = self.run_one(operation, fails)
                     self.assertIs(found, error)
-                    self.assertLessEqual(calls[route], clean[route])
+                    # A block that failed ahead of its reader is requested once more.
+                    more = operation == "read huge"
+                    self.assertLessEqual(calls[route], clean[route] + more)
                     self.assertEqual(account.files()["/a"], b"old")
 
 
@@ -3678,7 +3819,7 @@ class FileTests(StorageTestCase):
             expected = "0123456789abcde\n" if mode == "r" else b"0123456789abcde\n"
             with self.storage.open("big", mode) as file:
                 file.read(5)
-                self.account.fail("files/download", "truncate", nth=2)
+                self.account.fail("files/download", "truncate", nth=2, times=99)
                 with self.assertRaises(DropboxStorageException):
                     file.read()
                 self.account.faults.clear()
@@ -3727,7 +3868,7 @@ class FileTests(StorageTestCase):
             self.assertEqual(
                 self.account.files()["/a.txt"], b"one\ntw\xc3\xb6\r\nthree"
             )
-            text = "'a.txt' is not saved: an exception came first, or nobody closed it."
+            text = "'a.txt' is not saved: an exception came first."
             self.assertEqual(logs.output, [f"WARNING:dropbox_storage:{text}"])
         file = FieldFile(None, field, "a.txt").open("wb")
         file.write(b"half")
@@ -3924,7 +4065,7 @@ class FileTests(StorageTestCase):
             with self.assertLogs("dropbox_storage", "WARNING") as logs:
                 forget()
                 gc.collect()
-            text = "'half' is not saved: an exception came first, or nobody closed it."
+            text = "'half' is not saved: nobody closed it."
             self.assertEqual(logs.output, [f"WARNING:dropbox_storage:{text}"])
         self.assertEqual(self.account.files(), before)
 
@@ -4027,10 +4168,14 @@ class FileTests(StorageTestCase):
             with self.costs("files/download"):
                 file.seek(10 * UNIT + 1)
                 file.read(9)
-            file.seek(12 * UNIT + 1)
-            file.read(9)
-            self.ends_its_threads()
-            self.assertEqual(self.account.calls["files/download"], 7)  # to the end
+            for block, requests_until_then in ((6, 4), (7, 7), (8, 7)):
+                file.seek(2 * block * UNIT + 1)
+                file.read(9)
+                self.ends_its_threads()
+                # Two blocks after the first, then four, then as many as there are left.
+                self.assertEqual(
+                    self.account.calls["files/download"], requests_until_then
+                )
 
     def test_a_hash_that_differs_lets_all_be_requested_again(self):
         self.account.put("/a", b"12345")
@@ -4182,7 +4327,7 @@ class MemoryTests(StorageTestCase):
     def test_chunks_and_blocks_have_the_sizes_that_are_documented(self):
         self.account.put("/big", ZEROS * 5)
         self.assertEqual(
-            [size / MiB for size in TRUE_SIZES], [4, 150, 8, 2, 0.5, 0.125]
+            [size / MiB for size in TRUE_SIZES], [4, 150, 8, 2, 0.5, 0.125, 0.25]
         )
         self.assertEqual(DropboxStorage.CHUNK_SIZE, 4 * MiB)
         with self.costs("files/download"), self.storage.open("big") as file:
@@ -4241,12 +4386,15 @@ class GarbageTests(StorageTestCase):
         self.account.put("/huge", HUGE)
         file = self.storage.open("huge")
         file.read(5 * UNIT)
-        blocks = [weakref.ref(block) for block in file._download._blocks.values()]
-        self.assertTrue(blocks)
+        kept = []
+        for one in gc.get_objects():
+            if type(one) is module._Block:
+                kept.append(weakref.ref(one))
+        del one
+        self.assertGreater(len(kept), 5)
         file.close()
         self.ends_its_threads()
-        self.assertIsNone(file._download._head)
-        self.assertEqual(file._download._blocks, {})
+        self.assertEqual([one() for one in kept if one()], [])
         kind = type("Weak", (Exception,), {})
         try:
             raise kind
@@ -4328,7 +4476,8 @@ class LeavingTests(StorageTestCase):
 
     def test_a_stream_that_is_closed_meanwhile(self):
         self.account.put("/big", HUGE)
-        stream = self.storage.open("big").file.raw
+        file = self.storage.open("big")
+        stream = file.file.raw
         stream.seek(9 * UNIT)
 
         def close():
@@ -4485,22 +4634,20 @@ class ServeTests(StorageTestCase):
         self.assertEqual(response["Cache-Control"], "private, max-age=3600")
 
     def test_a_browser_keeps_the_redirect_for_less_than_the_link_lives(self):
-        self.storage.url_cache_timeout = 14400
-        self.get("dir/a b.jpg")
-        ages = []
-        (key,) = (key.partition(":1:")[2] for key in cache._cache)
-        link, made = cache.get(key)
-        for age in (0, 7200, 14390):
-            cache.set(key, (link, made - age))
-            response = self.get("dir/a b.jpg")
-            ages.append(int(response["Cache-Control"].partition("max-age=")[2]))
-        for age, life in zip(ages, (14400, 7200, 10)):
-            # A minute less; what is begun of a second, or the test takes, is lost.
-            self.assertIn(age, {max(0, life - lost) for lost in (61, 62, 63)})
-        for timeout in (0, None):
+        """It may have been in the cache for as long as it is kept there."""
+        hour = 3600
+        for timeout, age in (
+            (60, 60),
+            (hour, hour),
+            (2 * hour, 2 * hour - 60),
+            (3 * hour, hour - 60),
+            (0, 0),
+            (None, 0),
+        ):
             self.storage.url_cache_timeout = timeout
             response = self.get("dir/a b.jpg")
-            self.assertEqual(response["Cache-Control"], "private, max-age=0")
+            expected = f"private, max-age={age}"
+            self.assertEqual(response["Cache-Control"], expected)
 
     def test_other_methods_are_not_allowed(self):
         response = self.get("dir/a b.jpg", "POST")
@@ -4814,7 +4961,8 @@ if hypothesis:
             ):
                 self.assertEqual(account.files(), {})
             else:
-                path = f"{storage.root_path.rstrip('/')}/{saved}"
+                root = unicodedata.normalize("NFC", root).rstrip("/")
+                path = f"{root}/{saved}"
                 self.assertEqual(account.files(), {path: b"x"})
                 self.assertTrue(unicodedata.is_normalized("NFC", path))
                 self.assertEqual(storage.open(name).read(), b"x")
@@ -4843,6 +4991,7 @@ if hypothesis:
             super().__init__()
             cache.clear()
             self.account, self.model = FakeAccount(page_size=2), {}
+            self.numbers = itertools.count()
             self.add = self.account.storage()
             self.overwrite = self.account.storage(write_mode="overwrite")
             self.update = self.account.storage(write_mode="update")
@@ -4887,10 +5036,12 @@ if hypothesis:
 
         @rule(name=some, content=contents)
         def save(self, name, content):
+            # Equal bytes, added in the same second, cannot be told apart.
+            content = CONTENTS[content] + b"%d" % next(self.numbers)
             with self.refusing():
-                saved = self.add.save(name, ContentFile(CONTENTS[content]))
+                saved = self.add.save(name, ContentFile(content))
                 assert self.key(saved) not in self.model
-                self.model[self.key(saved)] = CONTENTS[content]
+                self.model[self.key(saved)] = content
 
         @rule(
             name=some, content=contents, mode=st.sampled_from(["overwrite", "update"])
