@@ -291,7 +291,7 @@ def _cache_alias(value):
 
 
 def _one_of(value, choices):
-    if value in choices:
+    if value in list(choices):
         return value
     raise ValueError(f"one of {', '.join(map(repr, choices))}")
 
@@ -993,8 +993,11 @@ class DropboxFile(File):
 
     def _end(self, saves, reason=None):
         """Close the file, and upload what was written, or log the reason why not."""
-        draft, download = self._draft, self._download
-        self._draft = self._download = self._handled = None
+        draft = self._draft
+        download = self._download
+        self._draft = None
+        self._download = None
+        self._handled = None
         if draft is not None:
             with contextlib.closing(draft):
                 if saves:
@@ -2151,7 +2154,7 @@ HINTS = (
     _owner_hint(
         "bad address",
         "check HTTPS_PROXY and the like: http://user:password@host:port, where special "
-        "characters of the password are written as %XX",
+        "characters of the password are written as %XX; socks5:// needs PySocks",
     ),
     _owner_hint("bad header", "a token or header of the client is no printable ASCII"),
 )

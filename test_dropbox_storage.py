@@ -711,6 +711,7 @@ import _thread
 import errno
 import faulthandler
 import gc
+import http.client
 import logging
 import os
 import pickle
@@ -1346,6 +1347,15 @@ TOLD = {
 }
 
 
+def answers(status, body, **headers):
+    """A fault for fail(): this answer, whatever was asked."""
+
+    def fail():
+        raise Refused(status, body, **{"content-type": "application/json", **headers})
+
+    return fail
+
+
 def raised_by(name, error):
     """A function of the module with this name that raises the error."""
     names = {"__name__": name, "error": error}
@@ -1436,6 +1446,107 @@ class ErrorTests(StorageTestCase):
             self.assertIs(caught.exception.__context__, before)
             self.assertIsNotNone(before.__traceback__.tb_frame.f_locals)
 
+    def test_reasons_may_have_more_words_at_their_end(self):
+        for reason, error in {
+            "path/not_found/deleted": FileNotFoundError,
+            "path_lookup/not_found/more": FileNotFoundError,
+            "path/not_file/more": IsADirectoryError,
+            "path/not_folder/more": NotADirectoryError,
+            "path/conflict/folder/more": IsADirectoryError,
+            "path/conflict/file_ancestor/more": NotADirectoryError,
+            "path/conflict/file/more": FileExistsError,
+            "path/conflict/file_new": DropboxStorageException,
+            "lookup_failed/not_found": DropboxStorageException,
+            "path/not_found_there": DropboxStorageException,
+            "xpath/not_found": DropboxStorageException,
+        }.items():
+            with self.subTest(reason), self.failing("*", f"/{reason}"):
+                with self.assertRaises((OSError, DropboxStorageException)) as caught:
+                    self.storage.size("a")
+                self.assertIs(type(caught.exception), error)
+        self.account.put("/a", b"12345")
+        for reason in (
+            "too_many_write_operations/more",
+            "path/too_many_write_operations/x",
+        ):
+            with self.failing("*", f"/{reason}"):
+                self.assertEqual(self.storage.size("a"), 5)
+
+    def test_nonsense_is_an_error_of_dropbox(self):
+        """Of any endpoint, with status 200: as a proxy or a half broken server sends it."""
+        self.storage = self.account.storage(**REFRESHING, max_wait=0)
+        nested = "[" * 100_000
+        number = '{"access_token": "x", "expires_in": %s}'
+        for route, bodies in {
+            "oauth2/token": (
+                *(number % end for end in ("1e30", "null", "[]", '"soon"', "NaN")),
+                '{"access_token": null, "expires_in": 1}',
+                '{"access_token": "a b\\n", "expires_in": 1}',
+                '{"access_token": 7, "expires_in": 1}',
+            ),
+            "files/get_metadata": ('{"error": {}}', '{".tag": []}', '{".tag": "new"}'),
+        }.items():
+            for body in (
+                *bodies,
+                "null",
+                "[]",
+                "{}",
+                "7",
+                '"x"',
+                "",
+                nested,
+                "\xff",
+                "{",
+            ):
+                for status in (200, 400, 409, 500):
+                    with self.subTest(route=route, body=body[:30], status=status):
+                        with self.refused(route, answers(status, body.encode())):
+                            self.storage.exists("a")
+
+    def test_of_a_refusal_a_part_is_read(self):
+        bomb = gzip.compress(bytes(50 * MiB))
+        for body, encoding in ((b"x" * MiB, "identity"), (bomb, "gzip")):
+            fault = answers(400, body, **{"content-encoding": encoding})
+            tracemalloc = importlib.import_module("tracemalloc")
+            tracemalloc.start()
+            with self.refused("files/get_metadata", fault) as caught:
+                self.storage.exists("a")
+            self.assertLess(tracemalloc.get_traced_memory()[1], 8 * MiB)
+            tracemalloc.stop()
+            self.assertEqual(len(caught.exception.__cause__.body), 64 * 1024)
+
+    def test_a_cause_holds_no_request_and_no_frame(self):
+        with self.refused("*", "bad_input") as caught:
+            self.storage.exists("a")
+        cause = caught.exception.__cause__
+        self.assertIsNone(cause.__traceback__)
+        self.assertIsNone(cause.__context__)
+        self.assertEqual({*vars(cause)}, {"request_id", "status_code", "body"})
+
+    def test_a_builtin_error_passes_through_unless_the_sdk_has_raised_it(self):
+        """What a hook, a bug or a time limit raises is known by its innermost frame."""
+        for kind in (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+            for package in (
+                "dropbox.files",
+                "stone.x",
+                "requests.hooks",
+                "json.decoder",
+            ):
+                with self.failing("*", raised_by(package, kind("x"))):
+                    self.assertFalse(self.storage.exists("a"))
+            error = kind("x")
+            self.clock.pauses.clear()
+            for package in ("celery.timers", "dropboxlike", __name__):
+                with self.failing("*", raised_by(package, error)):
+                    with self.assertRaises(kind) as caught:
+                        self.storage.exists("a")
+                self.assertIs(caught.exception, error)
+            self.assertEqual(self.clock.pauses, [])
+        for error in (MemoryError(), type("TimerInAnotherThread", (ValueError,), {})()):
+            with self.failing("*", raised_by("dropbox.files", error)):
+                with self.assertRaises(type(error)):
+                    self.storage.exists("a")
+
     def test_what_a_signal_handler_raises_passes_through(self):
         class Limit(AssertionError):  # as timeout-decorator's
             pass
@@ -1480,7 +1591,7 @@ class ErrorTests(StorageTestCase):
             (requests.exceptions.InvalidProxyURL("http://user:secret@[x"),
              "InvalidProxyURL bad address (check HTTPS_PROXY and the like: "
              "http://user:password@host:port, where special characters of the password are "
-             "written as %XX)"),
+             "written as %XX; socks5:// needs PySocks)"),
             (requests.exceptions.InvalidHeader("Bearer secret"),
              "InvalidHeader bad header (a token or header of the client is no printable ASCII)"),
             (UnicodeEncodeError("latin-1", "\u0142", 0, 1, "ordinal not in range(256)"),
@@ -1499,6 +1610,11 @@ class ErrorTests(StorageTestCase):
         for name in ("a\x7fb", "a\\b\x7f"):
             with self.assertRaisesRegex(DropboxStorageException, "DEL"):
                 self.storage._save(name, ContentFile(b"x"))
+
+
+class Unprintable(str):
+    def __repr__(self):
+        raise ZeroDivisionError
 
 
 class SecretTests(StorageTestCase):
@@ -1687,6 +1803,34 @@ class SecretTests(StorageTestCase):
         self.assertEqual(storage._constructor_args, ((), {}))
         storage.account = {}  # the property fails, as it may outside a web request
         self.assertEqual(storage._constructor_args[1], {})
+
+    def test_credentials_stay_out_of_migrations_if_they_are_replaced_or_hidden(self):
+        class Renamed(DropboxStorage):
+            def __init__(self, secret, folder, nothing=None):
+                super().__init__(secret, root_path=folder)
+
+        class Named(DropboxStorage):
+            def __init__(self, folder, app_secret, *more):
+                super().__init__(root_path=folder)
+
+        class Hidden(DropboxStorage):
+            oauth2_access_token = property(lambda self: 1 / 0)
+
+        replaced = DropboxStorage("hidden-1", root_path="/r")
+        replaced.oauth2_access_token = "hidden-2"
+        renamed = Renamed("hidden-1", "/r", None)
+        renamed.oauth2_access_token = "hidden-2"
+        hidden = Hidden("hidden-1", root_path="/r")
+        unprintable = DropboxStorage("hidden-1", base_url=Unprintable())
+        for storage, arguments in (
+            (replaced, ((), {"root_path": "/r"})),
+            (renamed, ((None, "/r", None), {})),
+            (Named("/r", "hidden-1", "more"), (("/r", None, "more"), {})),
+            (hidden, ((), {"root_path": "/r"})),
+            (unprintable, ((), {})),
+            (DropboxStorage(timeout=None), ((), {"timeout": None})),
+        ):
+            self.assertEqual(storage._constructor_args, arguments)
 
     def test_the_request_and_the_response_are_taken_off_the_cause(self):
         self.storage.max_wait = 0
@@ -1950,6 +2094,9 @@ class CallableStorage(DropboxStorage):
     root_path = "/callable"
 
 
+ExportedStorage = CallableStorage
+
+
 def get_storage():
     return CallableStorage()
 
@@ -2163,6 +2310,122 @@ class ConfigurationTests(StorageTestCase):
             self.assertEqual(len(clients), 5)
             self.assertIn(storage.client, clients)
 
+    def refreshing(self, number=1, **options):
+        """A new storage for the account with that number, whose token must be fetched."""
+        token = f"refresh-{number}"
+        self.account.refresh_tokens[token] = ("app-key", "app-secret")
+        options = {**REFRESHING, "oauth2_refresh_token": token, **options}
+        return DropboxStorage(**options)
+
+    def test_storages_of_one_account_refresh_its_token_once(self):
+        with self.costs("oauth2/token", *["files/get_metadata"] * 25):
+            for _ in range(25):
+                self.refreshing().exists("a")
+
+    def test_forty_accounts_fetch_forty_tokens(self):
+        for _ in range(3):
+            for number in range(40):
+                self.refreshing(number).exists("a")
+        expected = {"oauth2/token": 40, "files/get_metadata": 120}
+        self.assertEqual(self.account.calls, expected)
+
+    def test_all_accounts_share_the_connections_of_a_process(self):
+        clients = [self.refreshing(number).client for number in range(3)]
+        self.assertEqual(len({id(client) for client in clients}), 3)
+        self.assertEqual(len({id(client._session) for client in clients}), 1)
+        other = self.refreshing(1, timeout=7).client
+        self.assertEqual((other._timeout, clients[1]._timeout), (7, 100))
+
+    def test_a_session_keeps_no_cookies_and_no_netrc_replaces_the_token(self):
+        class Setting(FakeAccount):
+            def send(self, request, **kwargs):
+                self.cookie = request.headers.get("Cookie")
+                response = super().send(request, **kwargs)
+                message = http.client.HTTPMessage()
+                message["Set-Cookie"] = "name=value; Path=/"
+                original = types.SimpleNamespace(msg=message, isclosed=lambda: True)
+                response.raw._original_response = original
+                return response
+
+        with tempfile.TemporaryDirectory() as folder, Setting().mounted() as account:
+            netrc = pathlib.Path(folder, "netrc")
+            netrc.write_text("default login user password secret", encoding="utf-8")
+            with unittest.mock.patch.dict(os.environ, NETRC=str(netrc)):
+                for _ in range(2):
+                    self.assertFalse(DropboxStorage("valid-token").exists("a"))
+            authorization = account.last_headers["Authorization"]
+            self.assertEqual(authorization, "Bearer valid-token")
+            self.assertIsNone(account.cookie)
+
+    def test_proxies_and_certificates_of_the_environment_are_used(self):
+        class Asking(FakeAccount):
+            def send(self, request, stream, timeout, verify, cert, proxies):
+                self.asked = verify, proxies.get("https")
+                return super().send(request, stream, timeout)
+
+        environment = {"HTTPS_PROXY": "http://proxy:1", "REQUESTS_CA_BUNDLE": "/ca.pem"}
+        with unittest.mock.patch.dict(os.environ, environment):
+            with Asking().mounted() as account:
+                DropboxStorage("valid-token").exists("a")
+        self.assertEqual(account.asked, ("/ca.pem", "http://proxy:1"))
+
+    def test_hooks_of_an_assigned_client_are_called_and_left_as_they_are(self):
+        seen = []
+
+        def note(response, **kwargs):
+            seen.append(response.status_code)
+
+        for hooks in ({}, {"response": note}, {"response": [note]}, {"response": []}):
+            client = FakeDropbox(self.account)
+            client._session.hooks = copy.deepcopy(hooks)
+            self.storage.client = client
+            self.assertFalse(self.storage.exists("a"))
+            self.assertEqual(client._session.hooks, hooks)
+        self.assertEqual(seen, [409, 409])
+
+    def test_storages_that_share_a_client_close_its_connections_once(self):
+        client = FakeDropbox(self.account)
+        with unittest.mock.patch.object(self.account, "close") as closed:
+            for _ in range(20):
+                storage = DropboxStorage()
+                storage.client = client
+                storage.exists("a")
+        self.assertEqual(closed.call_count, 1)
+
+    def test_a_patched_class_attribute_reaches_a_storage_that_exists(self):
+        class Media(DropboxStorage):
+            root_path = "/production"
+
+        storage = self.account.connect(Media("valid-token"))
+        with unittest.mock.patch.object(Media, "root_path", "/test"):
+            self.save("a", b"x", storage)
+        with unittest.mock.patch.object(storage, "root_path", "/instance"):
+            self.save("a", b"x", storage)
+        self.assertEqual({*self.account.files()}, {"/test/a", "/instance/a"})
+
+    def test_the_constructor_asks_no_property(self):
+        for name in module.OPTIONS:
+            ask = property(lambda self: self.fail_if_asked)
+            subclass = type("Computed", (DropboxStorage,), {name: ask})
+            others = {"oauth2_access_token": "t"} if "oauth2_access" not in name else {}
+            with self.subTest(name):
+                storage = subclass(**others)
+                with self.assertRaises(AttributeError):
+                    storage._option(name)
+            # A property goes before an argument, and a bad value is named when it is used.
+            storage = type(
+                "Bad", (DropboxStorage,), {name: property(lambda self: [1])}
+            )()
+            with self.assertRaisesRegex(ImproperlyConfigured, f"^{name} "):
+                storage._option(name)
+
+    def test_numbers_below_one_count_as_one(self):
+        for number in (0, -1):
+            storage = self.account.storage()
+            storage.CONNECTIONS = storage.CHUNK_SIZE = number
+            self.write("a", HUGE, storage=storage)
+            self.assertTrue(self.read("a", storage) == HUGE)
+
     def test_threads_share_a_client_that_is_made_at_once(self):
         storage = DropboxStorage("token")
         with ThreadPoolExecutor(8) as pool:
@@ -2195,6 +2458,26 @@ class ConfigurationTests(StorageTestCase):
                 import_string(path)(timeout=7).delete("a")
             with self.assertRaisesRegex(ImproperlyConfigured, "not set"):
                 DropboxStorage(timeout=9).delete("a")
+
+    @unittest.skipUnless(HAS_STORAGES, "STORAGES came with Django 4.2")
+    def test_an_entry_is_found_by_its_class_and_not_by_its_path(self):
+        entries = {
+            "exported": {
+                "BACKEND": f"{__name__}.ExportedStorage",
+                "OPTIONS": {"oauth2_access_token": "valid-token"},
+            },
+            "missing": {"BACKEND": "not_installed.Storage"},
+            "other": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+        }
+        with override_settings(STORAGES={**settings.STORAGES, **entries}):
+            self.assertFalse(CallableStorage().exists("a"))
+
+    @unittest.skipIf(HAS_STORAGES, "for older versions of Django")
+    def test_before_django_4_2_a_setting_of_the_future_is_ignored(self):
+        entry = {"BACKEND": BACKEND, "OPTIONS": {"oauth2_access_token": "valid-token"}}
+        with override_settings(STORAGES={"default": entry}):
+            with self.assertRaisesRegex(ImproperlyConfigured, "not set"):
+                DropboxStorage().exists("a")
 
     @unittest.skipUnless(HAS_STORAGES, "STORAGES came with Django 4.2")
     def test_of_two_accounts_none_is_guessed(self):
@@ -3075,6 +3358,68 @@ class BrokenCache(BaseCache):
 # Requests
 
 
+class RetryTests(unittest.TestCase):
+    """What follows a failure, as a table: no request is sent."""
+
+    def decide(self, *failures, max_wait=60, can_refresh=False):
+        """Add (reason, fields, seconds) in turn. Return the pause, or "give up"."""
+        retry = module._Retry(max_wait, 0.5, can_refresh)
+        for reason, fields, now in failures:
+            failure = module._Failure(reason, **dict.fromkeys(fields.split(), True))
+            retry.add(failure, now)
+        return "give up" if retry.gives_up else retry.pause, retry
+
+    def test_table(self):
+        busy = ("busy", "is_transient", 0)
+        expired, invalid = (
+            ("expired_access_token", "", 0),
+            ("invalid_access_token", "", 0),
+        )
+        for failures, options, least, most in (
+            ([("path/x", "", 0)], {}, "give up", 0),
+            ([busy], {}, 0.25, 0.5),
+            ([busy] * 2, {}, 0.5, 1),
+            ([busy] * 6, {}, 7.5, 15),
+            ([busy] * 2000, {}, 7.5, 15),
+            ([busy], {"max_wait": 0}, "give up", 0),
+            ([busy, ("busy", "is_transient", 59)], {}, 0.5, 1),
+            ([busy, ("busy", "is_transient", 60)], {}, "give up", 0),
+            ([busy, ("path/x", "", 1)], {}, "give up", 0),
+            ([busy, ("busy", "is_transient", 1e9)], {"max_wait": float("inf")}, 0.5, 1),
+            ([expired], {}, "give up", 0),
+            ([invalid], {}, "give up", 0),
+            ([expired], {"can_refresh": True, "max_wait": 0}, 0, 0),
+            ([invalid], {"can_refresh": True, "max_wait": 0}, 0, 0),
+            ([expired] * 2, {"can_refresh": True, "max_wait": 0}, "give up", 0),
+            ([expired] * 2, {"can_refresh": True}, 0.5, 1),
+            ([invalid] * 2, {"can_refresh": True}, "give up", 0),
+            ([expired, invalid], {"can_refresh": True}, "give up", 0),
+            ([busy, expired], {"can_refresh": True}, 0, 0),
+        ):
+            found, retry = self.decide(*failures, **options)
+            with self.subTest(failures=failures[:3], options=options):
+                self.assertEqual(retry.attempts, len(failures))
+                if least == "give up":
+                    self.assertEqual(found, least)
+                else:
+                    self.assertNotEqual(found, "give up")
+                    self.assertTrue(least <= found <= most, found)
+
+    def test_what_was_lost_once_stays_lost(self):
+        gone, refused = ("gone", "is_transient is_lost", 0), ("path/conflict", "", 7)
+        retry = self.decide(gone, refused)[1]
+        self.assertTrue(retry.failure.is_lost)
+        self.assertFalse(retry.failure.is_transient)
+        self.assertEqual((retry.waited, retry.failure.reason), (7, "path/conflict"))
+
+    def test_dropbox_says_how_long_to_wait(self):
+        retry = module._Retry(60, 0.5, False)
+        retry.add(module._Failure("busy", is_transient=True, retry_after=7.5), 0)
+        self.assertEqual((retry.pause, retry.gives_up), (7.5, False))
+        retry.add(module._Failure("busy", is_transient=True, retry_after=60), 0)
+        self.assertTrue(retry.gives_up)
+
+
 class WaitingTests(StorageTestCase):
     def test_what_lasts_is_reported_with_how_long_it_was_tried(self):
         for kind in ("503", "429", "429_new", "reset", "html"):
@@ -3412,12 +3757,18 @@ class StalledTokenTests(StorageTestCase):
         return futures
 
     def test_threads_wait_together(self):
+        """For one refresh, and for no longer than the timeout."""
         self.account.expire_tokens()
         self.storage.client._oauth2_access_token_expiration = None
         begun = time.monotonic()
-        for future in self.stalled(8):
-            self.assertIsInstance(future.exception(), DropboxStorageException)
-        self.assertLess(time.monotonic() - begun, 1.4)  # 0.5, and not eight times that
+        with self.account.counting() as calls:
+            for future in self.stalled(8):
+                error = future.exception()
+                self.assertIsInstance(error, DropboxStorageException)
+                self.assertTrue(error.temporary)
+            self.assertLess(time.monotonic() - begun, 1.4)  # 0.5, not eight times that
+            self.ends_its_threads()
+        self.assertEqual(calls, {"oauth2/token": 1})
 
     def test_cached_links_open_responses_and_valid_tokens_do_not_wait(self):
         soon = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
@@ -3432,6 +3783,126 @@ class StalledTokenTests(StorageTestCase):
         self.assertTrue(refreshing.result())
         self.ends_its_threads()
         self.assertTrue(self.storage.exists("a"))  # a failed early refresh harms nobody
+
+
+class SharedRefreshTests(StorageTestCase):
+    """Threads that need a token wait for one refresh, and learn how it has ended."""
+
+    def setUp(self):
+        super().setUp()
+        unittest.mock.patch.object(module, "time", time).start()
+        self.addCleanup(unittest.mock.patch.stopall)
+        self.storage = self.account.storage(**REFRESHING)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        token = self.account.token
+
+        def slow(form):
+            self.begun.set()
+            self.go_on.wait(5)
+            return token(form)
+
+        self.account.token = slow
+
+    def results(self, count=8):
+        """What exists() does in each of the threads, all of which wait for the refresh."""
+        with ThreadPoolExecutor(count) as pool:
+            futures = [pool.submit(self.storage.exists, "a") for _ in range(count)]
+            self.begun.wait(5)
+            time.sleep(0.1)
+            self.assertFalse(any(future.done() for future in futures))
+            self.go_on.set()
+            return [future.exception() or future.result() for future in futures]
+
+    def test_all_go_on_with_the_token(self):
+        self.assertEqual(self.results(), [False] * 8)
+        expected = {"oauth2/token": 1, "files/get_metadata": 8}
+        self.assertEqual(self.account.calls, expected)
+
+    def test_a_refusal_reaches_all_as_what_it_is(self):
+        self.account.refresh_tokens.clear()
+        errors = self.results()
+        self.assertEqual([error.reason for error in errors], ["invalid_grant"] * 8)
+        self.assertEqual(len({id(error) for error in errors}), 8)
+        self.assertEqual(len({id(error.__cause__) for error in errors}), 8)
+        self.assertEqual(self.account.calls, {"oauth2/token": 1})
+
+    def test_storages_of_one_account_wait_together_too(self):
+        with self.account.mounted():
+            storages = [DropboxStorage(**REFRESHING) for _ in range(8)]
+            with unittest.mock.patch.object(self, "storage") as any_storage:
+                any_storage.exists = lambda name: storages.pop().exists(name)
+                self.assertEqual(self.results(), [False] * 8)
+        self.assertEqual(self.account.calls["oauth2/token"], 1)
+
+    def test_no_lock_is_held_while_a_request_is_sent(self):
+        """Other accounts, valid tokens and new storages do not wait for the refresh."""
+        waiting = threading.Thread(target=self.storage.exists, args="a")
+        waiting.start()
+        self.begun.wait(5)
+        other = self.account.storage(oauth2_access_token="valid-token")
+        self.assertFalse(other.exists("a"))
+        self.assertTrue(DropboxStorage("valid-token").client)
+        self.go_on.set()
+        waiting.join()
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "needs POSIX's signals")
+class SignalTests(unittest.TestCase):
+    def test_time_limits_leave_nothing_locked(self):
+        """Eight threads whose tokens are always expired, and a time limit every few ms."""
+        done = run_python("signal_stress(2)", timeout=120)
+        self.assertRegex(done, r"^\d+ signals, \d+ calls, all threads went on$")
+
+
+def signal_stress(seconds):
+    """Raise an exception in the main thread every few ms while eight threads work."""
+
+    class TimeLimit(Exception):
+        pass
+
+    account, calls, signals = FakeAccount(), collections.Counter(), 0
+    account.expires_in = 0
+    storage = account.storage(**REFRESHING, timeout=5)
+    end = time.monotonic() + seconds
+
+    def work(name):
+        while time.monotonic() < end:
+            storage.exists(name)
+            calls[name] += 1
+
+    def limit(number, frame):
+        nonlocal signals
+        signals += 1
+        raise TimeLimit
+
+    threads = [
+        threading.Thread(target=work, args=[f"{n}"], daemon=True) for n in range(7)
+    ]
+    for thread in threads:
+        thread.start()
+    before = signal.signal(signal.SIGALRM, limit)
+    while time.monotonic() < end:
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.001, 0.008))
+                work("main")
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except TimeLimit:
+            pass
+    signal.signal(signal.SIGALRM, before)
+    counted, end = calls.copy(), time.monotonic() + 30
+    for thread in [threading.Thread(target=work, args=["late"], daemon=True), *threads]:
+        if not thread.ident:
+            thread.start()
+    while calls["late"] < 20 and time.monotonic() < end:
+        time.sleep(0.01)
+    end = 0
+    for thread in threads:
+        thread.join(10)
+    stuck = [thread.name for thread in threads if thread.is_alive()]
+    went_on = "all threads went on" if calls["late"] >= 20 and not stuck else stuck
+    print(f"{signals} signals, {sum(counted.values())} calls, {went_on}", end="")
 
 
 class FaultTests(StorageTestCase):
@@ -3515,6 +3986,31 @@ class FaultTests(StorageTestCase):
                     account, found, calls = self.run_one(operation, fails)
                     self.assertIsInstance(found, DropboxStorageException)
                     self.assertTrue(found.temporary)
+                    self.assertEqual(account.files()["/a"], b"old")
+                    self.assertNotIn("/new", account.files())
+
+    def test_nonsense_is_reported_with_nothing_lost(self):
+        """As a proxy or a broken server sends it, with status 200, at each request."""
+        nonsense = (
+            "null",
+            "[]",
+            "{}",
+            "7",
+            '{".tag": []}',
+            '{"name": null}',
+            "\xff",
+            "{",
+        )
+        for operation, _, _, _, route, nth in self.cells():
+            for text in nonsense:
+                headers = {"dropbox-api-result": text}
+                fault = answers(200, text.encode(), **headers)
+                with self.subTest(f"{operation}: {route} {nth} {text}"):
+                    account, found, _ = self.run_one(
+                        operation, (route, fault, nth, 999)
+                    )
+                    if isinstance(found, Exception):
+                        self.assertIsInstance(found, DropboxStorageException)
                     self.assertEqual(account.files()["/a"], b"old")
                     self.assertNotIn("/new", account.files())
 
