@@ -1380,6 +1380,30 @@ class ErrorTests(StorageTestCase):
                 self.assertIsInstance(error.__cause__, dropbox.exceptions.HttpError)
                 self.assertRegex(error.__cause__.request_id, "^[0-9a-f]+$")
 
+    def test_hints_fit_the_request(self):
+        for act, route, kind, hint in (
+            (lambda: self.save("a"), "files/upload", "/path/too_many_files",
+             "the folder is full; save into several folders"),
+            (lambda: self.storage.delete("a"), "files/delete_v2", "/too_many_files",
+             "the folder is too large; delete its files in several steps"),
+            (lambda: self.save("a", HUGE), "files/upload_session/append_v2",
+             "/payload_too_large", "set a smaller CHUNK_SIZE"),
+        ):  # fmt: skip
+            reason = "path/too_many_files" if "path" in kind else kind[1:]
+            path = "/a"
+            message = f"{route} of {path!r} failed: {reason} ({hint})."
+            with self.failing(route, kind, times=9):
+                with self.raises(DropboxStorageException, message):
+                    act()
+
+    def test_every_hint_can_be_shown(self):
+        """None is hidden by one that stands before it."""
+        for hint in module.HINTS:
+            refreshing = hint.context == module.REFRESHING
+            route = "files/delete_v2" if refreshing else f"{hint.context}load"
+            found = module._find_hint(f"path/{hint.words}/x", route, refreshing)
+            self.assertIs(found, hint)
+
     def test_what_dropbox_says_to_the_user_is_shown(self):
         said = {"user_message": {"text": "Ask\nyour\x1b[31m admin.", "locale": "en"}}
         self.account.refused = refusal(409, "path/other", **said)
@@ -4021,6 +4045,7 @@ class FaultTests(StorageTestCase):
                 found = self.run_one(operation, fails)[1]
                 self.assertIsInstance(found, DropboxStorageException)
                 self.assertEqual(found.reason, "content_hash_mismatch")
+                self.assertTrue(found.temporary)  # the next read may be right
 
     def test_a_lost_commit_that_failed_is_not_taken_for_done(self):
         """The response is lost, and then someone else's file is what is found."""
