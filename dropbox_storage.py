@@ -543,14 +543,14 @@ class DropboxStorage(django_storage.Storage):
         return DropboxFile(name, self, mode)
 
     def save(self, name, content, max_length=None):
-        if self._option("write_mode") != "add":
+        if self._option("write_mode") != "add" or not self._names_itself():
             return super().save(name, content, max_length)
         if not hasattr(content, "chunks"):
             content = File(content, name)
         # A copy, which costs nothing, can tell _save() what only this method knows.
         storage = copy.copy(self)
         storage._max_length = max_length
-        storage._assumes_free_name = self._names_itself() and _is_small(content)
+        storage._assumes_free_name = _is_small(content)
         return super(DropboxStorage, storage).save(name, content, max_length)
 
     def _save(self, name, content):
@@ -1929,6 +1929,8 @@ def _refresh_token(client, task):
         failure = _explain(error, client)
         if failure is None:
             raise
+        # Who waits for it raises it; an early refresh has nobody who waits.
+        logger.info("The access token was not refreshed: %s.", failure.reason)
         return failure
     finally:
         refreshes.pop(client, None)
