@@ -554,7 +554,6 @@ class DropboxStorage(django_storage.Storage):
         return super(DropboxStorage, storage).save(name, content, max_length)
 
     def _save(self, name, content):
-        self._assumes_free_name = False  # if it is taken, look for a free one
         name = self._clean_name(name)
         mode = self._option("write_mode")
         revision = self._find_revision(name) if mode == "update" else None
@@ -562,7 +561,7 @@ class DropboxStorage(django_storage.Storage):
         with contextlib.closing(upload):
             upload.send(content.chunks())
             if mode == "add":
-                return self._commit_under_free_name(upload, name)
+                return self._add(upload, name)
             self._commit(upload)
             return name
 
@@ -666,7 +665,7 @@ class DropboxStorage(django_storage.Storage):
         finally:
             self._cached_link(upload.api, upload.path).forget()
 
-    def _commit_under_free_name(self, upload, name):
+    def _add(self, upload, name):
         """Commit under the name, or another one if it is taken; return the name."""
         refusals = collections.Counter()
         while True:
@@ -678,6 +677,11 @@ class DropboxStorage(django_storage.Storage):
                 refusals[name] += 1
                 if refusals[name] == SAME_NAME_ATTEMPTS:
                     raise
+            if self._assumes_free_name:  # now it is known: ask for another one
+                self._assumes_free_name = False
+                folder, name = posixpath.split(name)
+                other = self.get_alternative_name(*posixpath.splitext(name))
+                name = posixpath.join(folder, other)
             free_name = self.get_available_name(name, max_length=self._max_length)
             name = self._clean_name(free_name)
             upload.path = self._path(name)

@@ -1052,6 +1052,20 @@ class Unsized:
             self.then()
 
 
+class Sized(Unsized):
+    """Content that says nothing useful of its size."""
+
+    def __init__(self, size):
+        super().__init__(b"x")
+        self.found = size
+
+    @property
+    def size(self):
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
 class Broken(Unsized):
     def chunks(self):
         yield from super().chunks()
@@ -1878,6 +1892,73 @@ class SecretTests(StorageTestCase):
             self.assertEqual(caught.exception.reason, "HTTP 307")
         self.assertEqual(self.account.calls["files/upload"], 1)
 
+    def test_no_frame_shows_content(self):
+        """Of any read or upload that fails: its frames are shown with all they hold."""
+        secret = b"confidential!"
+        content = secret * (20 * UNIT // len(secret))
+        self.account.put("/a", content)
+        self.account.put("/small", secret)
+        self.storage.max_wait = 0
+
+        def read(name, mode, size):
+            with self.storage.open(name, mode) as file:
+                file.read(5)
+                self.account.fail("files/download", "truncate", times=99)
+                self.account.fail("files/download", "corrupt", times=99)
+                file.seek(4 * UNIT)
+                file.read(size)
+
+        def freed():
+            kept = [bytearray(content) for _ in range(9)]
+            del kept  # CPython's readinto() takes this memory
+            with self.storage.open("a") as file:
+                self.account.fail("files/download", "503", times=99)
+                file.seek(9 * UNIT)
+                file.file.raw.read(9 * UNIT)
+
+        def save(content):
+            self.account.fail("files/upload", "bad_input", times=99)
+            self.account.fail("files/upload_session/append_v2", "bad_input", times=99)
+            self.storage.save("new", content)
+
+        def write(mode, content):
+            file = self.storage.open("a", mode)
+            file.write(content)
+            self.account.fail("*", "bad_input", times=99)
+            file.close()
+
+        half = secret.decode() + "\ud800" + secret.decode()
+        for number, act in enumerate(
+            [
+                *(
+                    lambda m=m, n=n: read("a", m, n)
+                    for m in ("rb", "r")
+                    for n in (-1, 9)
+                ),
+                freed,
+                lambda: save(ContentFile(content)),
+                lambda: save(ContentFile(secret)),
+                lambda: save(ContentFile(content.decode())),
+                lambda: save(ContentFile(half)),
+                lambda: save(Unsized(secret, half)),
+                lambda: write("wb", content),
+                lambda: write("ab", secret),
+                lambda: write("r+", f"new {secret.decode()}"),
+            ]
+        ):
+            self.account.faults.clear()
+            with self.subTest(number):
+                error, page = self.debug_page(act)
+                self.assertNotIn("confidential", page)
+                self.assertLess(len(page), 40_000)
+
+    def test_text_that_is_no_utf_8_is_named(self):
+        with self.assertRaises(UnicodeEncodeError) as caught:
+            self.storage.save("a", ContentFile("abc\ud800def"))
+        self.assertIn("character 3 of a chunk", str(caught.exception))
+        self.assertEqual(caught.exception.object, "\ud800")
+        self.holds({})
+
     def test_what_is_being_sent_is_short_in_every_frame(self):
         content = SimpleUploadedFile("a", noise(300 * UNIT))
         self.storage.max_wait = 0
@@ -2606,6 +2687,97 @@ class SavingTests(StorageTestCase):
                     self.assertEqual(self.account.files(), files)
                     self.assertLess(self.account.bytes_in - sent, size + 5000)
 
+    def test_a_small_new_file_is_saved_with_one_request(self):
+        size = module.SMALL_FILE
+        for content in (
+            ContentFile(b"x" * size),
+            SimpleUploadedFile("u", b"x"),
+            io.BytesIO(b"x"),
+        ):
+            with self.costs("files/upload"):
+                self.assertEqual(
+                    self.storage.save(f"{id(content)}", content), f"{id(content)}"
+                )
+        with self.costs("files/get_metadata", "files/upload"):
+            self.save("larger", b"x" * (size + 1))
+        for content in (
+            Unsized(b"x"),
+            Sized(None),
+            Sized("text"),
+            Sized(ZeroDivisionError()),
+        ):
+            with self.costs("files/get_metadata", "files/upload"):
+                self.storage.save(f"{id(content)}", content)
+
+    def test_a_small_file_whose_name_is_taken_takes_three_requests(self):
+        self.account.put("/a.txt", b"theirs")
+        with self.costs("files/upload", "files/get_metadata", "files/upload"):
+            name = self.save("a.txt", b"mine")
+        self.assertRegex(name, r"^a_\w{7}\.txt$")
+        self.holds({"a.txt": b"theirs", name: b"mine"})
+
+    def test_max_length_holds_for_the_name_that_is_found_after_a_refusal(self):
+        self.account.put("/d/abcdefghijkl.txt", b"theirs")
+        content = ContentFile(b"mine")
+        name = self.storage.save("d/abcdefghijkl.txt", content, max_length=18)
+        self.assertRegex(name, r"^d/abcd_\w{7}\.txt$")
+        self.holds({"d/abcdefghijkl.txt": b"theirs", name: b"mine"})
+        name = self.storage.save("x" * 30 + ".txt", ContentFile(b"long"), max_length=20)
+        self.assertEqual(len(name), 20)
+        self.account.put("/b.txt", b"theirs")
+        with self.assertRaises(SuspiciousFileOperation):
+            self.storage.save("b.txt", ContentFile(b"mine"), max_length=5)
+
+    def test_a_storage_that_decides_on_names_itself_is_asked_first(self):
+        for name, method in {
+            "exists": lambda self, name: False,
+            "get_available_name": lambda self, name, max_length=None: f"mine-{name}",
+            "is_name_available": lambda self, name, max_length=None: True,
+            "_save": lambda self, name, content: DropboxStorage._save(
+                self, name, content
+            ),
+        }.items():
+            storage = self.account.connect(
+                type("Own", (DropboxStorage,), {})("valid-token")
+            )
+            with unittest.mock.patch.object(type(storage), name, method, create=True):
+                copies = unittest.mock.patch.object(copy, "copy", side_effect=copy.copy)
+                with copies as copied:
+                    saved = self.save(name, b"x", storage)
+            self.assertNotIn(storage, [call.args[0] for call in copied.call_args_list])
+            self.assertEqual(
+                saved, f"mine-{name}" if "available_name" in name else name
+            )
+
+    def test_what_is_saved_on_a_copy_leaves_no_trace(self):
+        before = vars(self.storage).copy()
+        self.storage.save("a", ContentFile(b"x"), max_length=100)
+        self.assertEqual(vars(self.storage), before)
+
+    def test_a_name_that_was_taken_and_is_free_again_is_tried(self):
+        for data in (noise(module.SMALL_FILE + 1), LARGE):
+            self.new_account()
+            taken = lambda: self.account.put("/a", b"theirs")  # noqa: E731
+            free = lambda: self.account.entries.clear()  # noqa: E731
+            for route in ("files/upload", "files/upload_session/finish"):
+                self.account.fail(route, taken)
+            self.account.fail("files/get_metadata", free, nth=2)
+            self.assertEqual(self.save("a", data), "a")
+            self.holds({"a": data})
+
+    def test_a_repeated_finish_that_meets_its_own_file_is_a_success(self):
+        for mode, kind in itertools.product(
+            module.WRITE_MODES, ("reset_after", "503_after")
+        ):
+            self.new_account(quirks=["kept_sessions"])
+            storage = self.account.storage(write_mode=mode)
+            with self.failing("files/upload_session/finish", kind):
+                self.assertEqual(self.save("a", LARGE, storage), "a")
+            self.holds({"a": LARGE})
+            with self.failing("files/upload_session/finish", kind):
+                self.write("x", LARGE, "xb", storage)
+            self.holds({"a": LARGE, "x": LARGE})
+
     def test_a_folder_that_has_taken_the_name_meanwhile(self):
         self.account.put("/a/b")
         self.assertRegex(self.storage._save("a", ContentFile(b"x")), r"^a_\w{7}$")
@@ -3209,6 +3381,86 @@ class LinkTests(StorageTestCase):
         self.leads_to(storage.url("a b.txt"), b"12345")
         self.leads_to(storage.url("a b.txt"), b"new")
         self.assertEqual(storage.url("a b.txt"), storage.url("a b.txt"))
+
+    def test_no_link_to_an_old_file_is_kept_however_readers_and_writers_interleave(
+        self,
+    ):
+        """Each step of two readers and a writer in every order, by hand."""
+        self.account.put("/a", b"old")
+        orders = set()
+        for seed in range(300):
+            order = [*"rrrrssssww"]
+            random.Random(seed).shuffle(order)
+            orders.add("".join(order))
+        for order in orders:
+            cache.clear()
+            self.account.put("/a", b"old")
+            api = self.storage._api
+            actors = {
+                "r": self.reader_in_steps(api),
+                "s": self.reader_in_steps(api),
+                "w": self.writer_in_steps(api),
+            }
+            for actor in order:
+                next(actors[actor], None)
+            kept = self.storage._cached_link(api, "/a").find()
+            with self.subTest(order):
+                self.assertIn(self.account.links.get(kept, b"new"), (b"new",))
+
+    def reader_in_steps(self, api):
+        cached = self.storage._cached_link(api, "/a")
+        if cached.find() is None:
+            cached.mark_request()
+            yield
+            link = api.call("files/get_temporary_link", "/a").link
+            yield
+            use = cached._use
+
+            def use_in_steps(method, *args):
+                waiting.append((method, args))
+
+            waiting = []
+            with unittest.mock.patch.object(cached, "_use", use_in_steps):
+                cached.keep(link)
+            method, args = waiting[0]
+            use(method, *args)  # it stores the link,
+            yield
+            if use("get", cached._mark_key) != cached._mark:  # and then looks
+                use("delete", cached._key)
+
+    def writer_in_steps(self, api):
+        self.account.put("/a", b"new")
+        yield
+        self.storage._cached_link(api, "/a").forget()
+
+    def test_what_fails_drops_the_link_too(self):
+        """It may have been carried out."""
+        storage = self.account.storage(write_mode="overwrite", max_wait=0)
+        for route, act in {
+            "files/upload": lambda: self.save("a b.txt", b"new", storage),
+            "files/delete_v2": lambda: storage.delete("a b.txt"),
+        }.items():
+            old = storage.url("a b.txt")
+            for kind in ("reset", "bad_input", "/path_write/no_write_permission"):
+                with self.refused(route, kind, times=9):
+                    act()
+                self.assertNotEqual(storage.url("a b.txt"), old)
+                old = storage.url("a b.txt")
+        with self.failing("files/delete_v2", "503_after", times=9):
+            with self.assertRaises(DropboxStorageException):
+                storage.delete("a b.txt")
+        self.assertEqual(storage.url("a b.txt"), "about:invalid#a%20b.txt")
+
+    def test_base_url_has_the_spelling_of_the_storage(self):
+        storage = DropboxStorage(base_url="/media/")
+        for name, url in {
+            "e\u0301.txt": "/media/%C3%A9.txt",
+            "dir\\a": "/media/dir/a",
+            "./a//b/./c": "/media/a/b/c",
+            "css/": "/media/css/",
+            pathlib.PurePosixPath("a b"): "/media/a%20b",
+        }.items():
+            self.assertEqual(storage.url(name), url)
 
     def test_own_clients_with_other_headers_have_other_links(self):
         links = set()
@@ -4897,6 +5149,111 @@ class FileTests(StorageTestCase):
                     self.account.calls["files/download"], requests_until_then
                 )
 
+    def test_a_reader_who_jumps_moves_no_byte_twice(self):
+        big = noise(80 * UNIT, 12)
+        self.account.put("/big", big)
+        numbers = [*range(40)] * 3
+        random.Random(5).shuffle(numbers)
+        with self.storage.open("big") as file:
+            for number in numbers:
+                start = 2 * UNIT * number
+                file.seek(start)
+                self.assertTrue(file.read(UNIT) == big[start : start + UNIT])
+            file.seek(0)
+            self.assertTrue(file.read() == big)
+        self.assertLessEqual(self.account.calls["files/download"], 40)
+
+    def test_where_the_disk_fails_blocks_are_requested_again(self):
+        big = noise(80 * UNIT, 12)
+        self.account.put("/big", big)
+
+        class Full(io.BytesIO):
+            def write(self, data):
+                raise OSError(errno.ENOSPC, "full")
+
+        class Short(io.BytesIO):
+            def write(self, data):
+                return super().write(data[:-1])
+
+        class Forgetful(io.BytesIO):
+            def readinto(self, data):
+                raise OSError(errno.EIO, "lost")
+
+        missing = FileNotFoundError("no such folder")
+        for result in (
+            lambda **_: Full(),
+            lambda **_: Short(),
+            lambda **_: Forgetful(),
+            missing,
+        ):
+            with unittest.mock.patch.object(
+                tempfile, "TemporaryFile", side_effect=result
+            ):
+                with self.storage.open("big") as file:
+                    for number in (*range(0, 40, 3), *range(0, 40, 3)):
+                        start = 2 * UNIT * number
+                        file.seek(start)
+                        self.assertTrue(file.read(UNIT) == big[start : start + UNIT])
+
+    def test_who_reads_in_order_writes_nothing_to_disk(self):
+        big = noise(80 * UNIT, 12)
+        self.account.put("/big", big)
+        for first in (0, 77 * UNIT, 40 * UNIT):
+            with unittest.mock.patch.object(tempfile, "TemporaryFile") as made:
+                with self.storage.open("big") as file:
+                    file.seek(first)
+                    self.assertTrue(file.read(9) == big[first : first + 9])
+                    file.seek(0)
+                    self.assertTrue(file.read() == big)
+            made.assert_not_called()
+
+    def test_a_block_that_failed_before_it_was_needed_is_requested_again(self):
+        self.account.put("/big", self.big)
+        self.storage.max_wait = 0
+        with self.storage.open("big") as file:
+            file.read(4 * UNIT)
+            self.ends_its_threads()
+            with self.failing("files/download", "503", times=9):
+                head = file.read(UNIT)  # this block is there; one more is requested
+                self.ends_its_threads()
+            self.assertTrue(head + file.read() == self.big[4 * UNIT :])
+
+    def test_the_first_block_is_like_the_others_after_an_error(self):
+        self.account.put("/big", self.big)
+        self.storage.max_wait = 0
+        with self.storage.open("big") as file:
+            with self.failing("files/download", "truncate", times=9):
+                file.seek(10 * UNIT)
+                with self.assertRaises(DropboxStorageException):
+                    file.read(1)
+            file.seek(0)
+            self.assertTrue(file.read() == self.big)
+            file.seek(0)
+            self.assertTrue(file.read(9) == self.big[:9])
+
+    def test_a_closed_file_sends_nothing(self):
+        self.account.put("/big", self.big)
+        for mode, size in itertools.product(("rb", "r"), (0, 5 * UNIT)):
+            self.account.put("/text", b"x" * 20 * UNIT)
+            file = self.storage.open("text", mode)
+            raw = file.file.raw if mode == "rb" else file.file.buffer.raw
+            file.read(size)
+            file.close()
+            self.ends_its_threads()
+            with self.costs():
+                for act in (
+                    lambda: file.read(1),
+                    lambda: file.seek(0),
+                    lambda: file.tell(),
+                    lambda: raw.read(1),
+                    lambda: raw.readall(),
+                    lambda: raw.seek(0),
+                    lambda: raw.tell(),
+                    lambda: raw.readinto(bytearray(1)),
+                ):
+                    with self.assertRaises(ValueError):
+                        act()
+
     def test_a_hash_that_differs_lets_all_be_requested_again(self):
         self.account.put("/a", b"12345")
         with self.failing("files/download", "corrupt"):
@@ -5043,6 +5400,16 @@ class MemoryTests(StorageTestCase):
                 self.assertEqual(sum(map(len, file.chunks())), 128 * MiB)
 
         self.assertLess(self.peak(read), self.limit)
+
+    def test_reading_at_once(self):
+        """The file is in memory once, apart from the blocks."""
+        self.account.put("/big", ZEROS * 32)
+
+        def read():
+            with self.storage.open("big") as file:
+                self.assertEqual(len(file.read()), 128 * MiB)
+
+        self.assertLess(self.peak(read), 128 * MiB * 9 // 8 + self.limit)
 
     def test_chunks_and_blocks_have_the_sizes_that_are_documented(self):
         self.account.put("/big", ZEROS * 5)
