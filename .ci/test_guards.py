@@ -31,10 +31,11 @@ import dropbox
 import hypothesis
 import requests
 from django.core.cache import cache
-from django.core.exceptions import SuspiciousFileOperation
+from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files.base import ContentFile
 from django.db import models
 from django.db.models.fields.files import FieldFile
+from django.test import SimpleTestCase
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -61,7 +62,9 @@ from test_dropbox_storage import (  # noqa: F401
     Entry,
     FakeAccount,
     FakeDropbox,
+    FakeDropboxMixin,
     MiB,
+    Refused,
     StallingAccount,
     StorageTestCase,
     Unsized,
@@ -154,6 +157,68 @@ class FakeDropboxTests(unittest.TestCase):
         serial = client.files_upload_session_start(b"abc").session_id
         cursor = files.UploadSessionCursor(serial, 1)
         self.assertIn("correct_offset=3", self.refusal(append, b"x", cursor))
+
+    def test_what_is_rarer(self):
+        files, client = dropbox.files, self.client
+        closed = client.files_upload_session_start(
+            b"", close=True, session_type=files.UploadSessionType.concurrent
+        )
+        cursor = files.UploadSessionCursor(closed.session_id, 0)
+        append = "files_upload_session_append_v2"
+        self.assertIn("closed", self.refusal(append, bytes(4 * UNIT), cursor))
+        one = client.files_upload(b"one", "/a.txt")
+        self.assertEqual(client.files_download(one.id)[1].content, b"one")
+        other = client.files_upload(b"two", "/A.txt", autorename=True)
+        self.assertEqual(other.path_display, "/A (1).txt")
+        self.assertNotEqual(other.id, one.id)
+        self.assertIn("not_found", self.refusal("files_get_metadata", "id:unknown"))
+        self.assertRaises(Refused, self.account.find, "rev:1")
+        client._headers = {"Range": "bytes=-2"}
+        self.assertEqual(client.files_download("/a.txt")[1].content, b"one")
+        self.assertEqual(len(client.files_list_folder("", limit=1).entries), 1)
+        url = "https://api.dropboxapi.com/2/files/get_metadata"
+        headers = {"Authorization": "Bearer valid-token"}
+        response = client._session.post(url, data=b"{", headers=headers)
+        self.assertIn("could not decode", response.text)
+
+    def test_a_temporary_link_can_be_followed(self):
+        self.client.files_upload(b"one", "/a.txt")
+        link = self.client.files_get_temporary_link("/a.txt").link
+        self.assertEqual(self.account.follow(link), b"one")
+        with self.assertRaises(requests.HTTPError):
+            self.account.follow(f"{link}x")
+
+    def test_it_can_replace_dropbox_for_all_storages(self):
+        class Computed(DropboxStorage):
+            oauth2_access_token = property(lambda self: 1 / 0)
+
+        before = DropboxStorage("some-token")
+        links = set()
+        for _ in range(2):
+            with FakeAccount().replace_dropbox() as account:
+                for storage in (before, DropboxStorage(), Computed(root_path="/c")):
+                    name = storage.save("a", ContentFile(b"x"))
+                    self.assertEqual(storage.open(name).read(), b"x")
+                    link = storage.url(name)
+                    self.assertEqual(account.follow(link), b"x")
+                self.assertEqual(len(account.files()), 3)
+                links.add(link)
+        self.assertIsNot(before.client, account)
+        with self.assertRaises(ImproperlyConfigured):
+            DropboxStorage().exists("a")
+
+    def test_the_mixin_gives_each_test_an_account(self):
+        class UploadTests(FakeDropboxMixin, SimpleTestCase):
+            def test_one(self):
+                DropboxStorage().save("a", ContentFile(b"x"))
+                assert self.account.files() == {"/a": b"x"}
+
+            test_two = test_one
+
+        result = unittest.TestResult()
+        for name in ("test_one", "test_two"):
+            UploadTests(name).run(result)
+        self.assertEqual((result.testsRun, result.errors, result.failures), (2, [], []))
 
     def test_faults(self):
         self.account.fail("files/get_metadata", "missing_scope")

@@ -8,6 +8,7 @@ from django.core.files.base import ContentFile  # type: ignore[import-untyped, u
 from typing_extensions import assert_type
 
 from dropbox_storage import DropboxFile, DropboxStorage, DropboxStorageException
+from test_dropbox_storage import FakeAccount, FakeDropbox, FakeDropboxMixin
 
 storage = DropboxStorage("token", root_path="/media", write_mode="update", timeout=None)
 refreshing = DropboxStorage(
@@ -37,11 +38,30 @@ assert_type(storage.size("a"), int)
 assert_type(storage.url(None), str)
 assert_type(DropboxStorageException("text").reason, str)
 assert_type(DropboxStorageException("text").temporary, bool)
+assert_type(DropboxStorageException("text", retry_after=1).retry_after, float)
+storage.open("a", "wb").discard()
 storage.CHUNK_SIZE = 8 * 1024 * 1024
 refreshing.client = storage.client
 assert_type(storage.client.files_list_revisions("/a").entries[0].rev, Any)
 assert_type(storage.save("a", ContentFile(b"x")), str)
 assert_type(storage.save(None, io.BytesIO(b"x")), str)
+
+# A project's test with the fake.
+account = FakeAccount(page_size=2, quirks=["gzip"])
+account.put("/a", b"x")
+account.fail("files/upload", "503", nth=2, times=3, value=1.5)
+with account.replace_dropbox() as same, account.counting() as calls:
+    assert_type(same, FakeAccount)
+    assert_type(calls["files/upload"], int)
+assert_type(account.files(), dict[str, bytes])
+assert_type(account.follow("https://content.example/"), bytes)
+refreshing.client = FakeDropbox(account)
+
+
+class UploadTests(FakeDropboxMixin):
+    def test_upload(self) -> None:
+        assert_type(self.account, FakeAccount)
+
 
 # Each of these lines must be an error; an ignore that is not needed is one, too.
 DropboxStorage(token="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
@@ -52,4 +72,5 @@ storage.write_mode = "append"  # type: ignore[assignment]  # pyright: ignore[rep
 storage.open("a", "rw")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
 storage.open("a").write("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 storage.open("a", "w").write(b"x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+account.put("/a", "text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 storage.exists(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
