@@ -790,7 +790,6 @@ import csv
 import errno
 import faulthandler
 import gc
-import http.client
 import logging
 import os
 import pickle
@@ -800,11 +799,9 @@ import sys
 import tarfile
 import tempfile
 import time
-import traceback
 import types
 import unittest
 import warnings
-import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -822,7 +819,6 @@ from django.contrib.auth.decorators import login_required
 from django.contrib.staticfiles.finders import get_finder
 from django.contrib.staticfiles.storage import ManifestFilesMixin
 from django.core.cache import cache, caches
-from django.core.cache.backends.base import BaseCache
 from django.core.cache.backends.locmem import LocMemCache
 from django.core.exceptions import (
     ImproperlyConfigured,
@@ -834,14 +830,12 @@ from django.core.files.base import ContentFile, File
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.management import call_command
 from django.db import models
-from django.db.migrations.writer import MigrationWriter
 from django.db.models.fields.files import FieldFile
 from django.forms import ClearableFileInput
 from django.http import FileResponse, Http404
 from django.templatetags.static import static
 from django.test import RequestFactory, SimpleTestCase, override_settings
 from django.utils.module_loading import import_string
-from django.views.debug import ExceptionReporter
 
 module = import_module()
 DropboxStorage = module.DropboxStorage
@@ -1373,14 +1367,6 @@ class ErrorTests(StorageTestCase):
                 with self.raises(DropboxStorageException, message):
                     act()
 
-    def test_every_hint_can_be_shown(self):
-        """None is hidden by one that stands before it."""
-        for hint in module.HINTS:
-            refreshing = hint.context == module.REFRESHING
-            route = "files/delete_v2" if refreshing else f"{hint.context}load"
-            found = module._find_hint(f"path/{hint.words}/x", route, refreshing)
-            self.assertIs(found, hint)
-
     def test_what_dropbox_says_to_the_user_is_shown(self):
         said = {"user_message": {"text": "Ask\nyour\x1b[31m admin.", "locale": "en"}}
         self.account.refused = refusal(409, "path/other", **said)
@@ -1429,28 +1415,6 @@ class ErrorTests(StorageTestCase):
         found = (str(error), error.reason, error.temporary)
         self.assertEqual(found, ("text", "reason", True))
 
-    def test_errors_that_are_made_up_with_mocks(self):
-        for mock in (unittest.mock.Mock(), unittest.mock.MagicMock(), None, "text"):
-            error = dropbox.exceptions.ApiError("id", mock, "text", "en")
-            method = (dropbox.Dropbox, "files_get_metadata")
-            message = "files/get_metadata of '/a' failed: ApiError."
-            with unittest.mock.patch.object(*method, side_effect=error):
-                with self.raises(DropboxStorageException, message):
-                    self.storage.exists("a")
-
-    def test_an_error_keeps_what_was_being_handled_before(self):
-        def fail():
-            kept = "its variables, too"
-            raise KeyError(kept)
-
-        try:
-            fail()
-        except KeyError as before:
-            with self.refused("*", "bad_input") as caught:
-                self.storage.exists("a")
-            self.assertIs(caught.exception.__context__, before)
-            self.assertIn("kept", before.__traceback__.tb_next.tb_frame.f_locals)
-
     def test_reasons_may_have_more_words_at_their_end(self):
         for reason, error in {
             "path/not_found/deleted": FileNotFoundError,
@@ -1477,464 +1441,10 @@ class ErrorTests(StorageTestCase):
             with self.failing("*", f"/{reason}"):
                 self.assertEqual(self.storage.size("a"), 5)
 
-    def test_nonsense_is_an_error_of_dropbox(self):
-        """Of any endpoint, with status 200: as a proxy or a half broken server sends it."""
-        self.storage = self.account.storage(**REFRESHING, max_wait=0)
-        nested = "[" * 100_000
-        number = '{"access_token": "x", "expires_in": %s}'
-        for route, bodies in {
-            "oauth2/token": (
-                *(number % end for end in ("1e30", "null", "[]", '"soon"', "NaN")),
-                '{"access_token": null, "expires_in": 1}',
-                '{"access_token": "a b\\n", "expires_in": 1}',
-                '{"access_token": 7, "expires_in": 1}',
-            ),
-            "files/get_metadata": ('{"error": {}}', '{".tag": []}', '{".tag": "new"}'),
-        }.items():
-            for body in (
-                *bodies,
-                "null",
-                "[]",
-                "{}",
-                "7",
-                '"x"',
-                "",
-                nested,
-                "\xff",
-                "{",
-            ):
-                for status in (200, 400, 409, 500):
-                    with self.subTest(route=route, body=body[:30], status=status):
-                        with self.refused(route, answers(status, body.encode())):
-                            self.storage.exists("a")
-
-    def test_of_a_refusal_a_part_is_read(self):
-        bomb = gzip.compress(bytes(50 * MiB))
-        for body, encoding in ((b"x" * MiB, "identity"), (bomb, "gzip")):
-            fault = answers(400, body, **{"content-encoding": encoding})
-            tracemalloc = importlib.import_module("tracemalloc")
-            tracemalloc.start()
-            with self.refused("files/get_metadata", fault) as caught:
-                self.storage.exists("a")
-            self.assertLess(tracemalloc.get_traced_memory()[1], 8 * MiB)
-            tracemalloc.stop()
-            self.assertEqual(len(caught.exception.__cause__.body), 64 * 1024)
-
-    def test_a_cause_holds_no_request_and_no_frame(self):
-        with self.refused("*", "bad_input") as caught:
-            self.storage.exists("a")
-        cause = caught.exception.__cause__
-        self.assertIsNone(cause.__traceback__)
-        self.assertIsNone(cause.__context__)
-        self.assertEqual({*vars(cause)}, {"request_id", "status_code", "body"})
-
-    def test_a_builtin_error_passes_through_unless_the_sdk_has_raised_it(self):
-        """What a hook, a bug or a time limit raises is known by its innermost frame."""
-        for kind in (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-            for package in (
-                "dropbox.files",
-                "stone.x",
-                "requests.hooks",
-                "json.decoder",
-            ):
-                with self.failing("*", raised_by(package, kind("x"))):
-                    self.assertFalse(self.storage.exists("a"))
-            error = kind("x")
-            self.clock.pauses.clear()
-            for package in ("celery.timers", "dropboxlike", __name__):
-                with self.failing("*", raised_by(package, error)):
-                    with self.assertRaises(kind) as caught:
-                        self.storage.exists("a")
-                self.assertIs(caught.exception, error)
-            self.assertEqual(self.clock.pauses, [])
-        for error in (MemoryError(), type("TimerInAnotherThread", (ValueError,), {})()):
-            with self.failing("*", raised_by("dropbox.files", error)):
-                with self.assertRaises(type(error)):
-                    self.storage.exists("a")
-
-    def test_what_a_signal_handler_raises_passes_through(self):
-        class Limit(AssertionError):  # as timeout-decorator's
-            pass
-
-        for kind in (Limit, TimeoutError, ValidationError, KeyboardInterrupt):
-            limit = kind("limit")
-
-            def interrupt(error=limit):
-                raise error
-
-            with self.failing("*", interrupt), self.assertRaises(kind) as caught:
-                self.storage.exists("a")
-            self.assertIs(caught.exception, limit)
-            self.assertEqual(self.clock.pauses, [])
-
-    def test_subclasses_of_what_the_sdk_raises_pass_through(self):
-        for kind in (OSError, ValueError, KeyError, AssertionError, UnicodeDecodeError):
-            error = type("Limit", (kind,), {"__init__": lambda self: None})()
-
-            def interrupt(error=error):
-                raise error
-
-            with self.failing("*", interrupt), self.assertRaises(kind) as caught:
-                self.storage.exists("a")
-            self.assertIs(caught.exception, error)
-
-    def test_what_no_waiting_mends_is_reported_at_once(self):
-        bundle = OSError("Could not find a suitable TLS CA certificate bundle")
-        connect = "HTTPSConnectionPool(host='x', port=443): Max retries exceeded"
-        verify = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
-        tunnel = (
-            "OSError('Tunnel connection failed: 407 Proxy Authentication Required')"
-        )
-        for error, told in (
-            (bundle, f"OSError {bundle}"),
-            (requests.exceptions.SSLError(f"{connect} {verify}"),
-             f"SSLError {connect} {verify} (set REQUESTS_CA_BUNDLE to a file with the CA "
-             "certificates of your network)"),
-            (requests.exceptions.ProxyError(tunnel),
-             f"ProxyError {tunnel} (the proxy refuses; check address, user and password in "
-             "HTTPS_PROXY)"),
-            (requests.exceptions.InvalidProxyURL("http://user:secret@[x"),
-             "InvalidProxyURL bad address (check HTTPS_PROXY and the like: "
-             "http://user:password@host:port, where special characters of the password are "
-             "written as %XX; socks5:// needs PySocks)"),
-            (requests.exceptions.InvalidHeader("Bearer secret"),
-             "InvalidHeader bad header (a token or header of the client is no printable ASCII)"),
-            (UnicodeEncodeError("latin-1", "\u0142", 0, 1, "ordinal not in range(256)"),
-             "UnicodeEncodeError 'latin-1' codec can't encode character '\\u0142' in position 0: "
-             "ordinal not in range(256)"),
-        ):  # fmt: skip
-            message = f"files/get_metadata of '/a' failed: {told}."
-            with self.failing("*", raised_by("requests.adapters", error)):
-                with self.raises(DropboxStorageException, message) as caught:
-                    self.storage.exists("a")
-            self.assertEqual(self.clock.pauses, [])
-            self.assertFalse(caught.exception.temporary)
-            self.assertEqual(caught.exception.reason, type(error).__name__)
-
     def test_names_that_dropbox_refuses(self):
         for name in ("a\x7fb", "a\\b\x7f"):
             with self.assertRaisesRegex(DropboxStorageException, "DEL"):
                 self.storage._save(name, ContentFile(b"x"))
-
-
-class Unprintable(str):
-    def __repr__(self):
-        raise ZeroDivisionError
-
-
-class SecretTests(StorageTestCase):
-    secrets = {
-        "oauth2_access_token": "sl.hidden-access",
-        "oauth2_refresh_token": "hidden-refresh",
-        "app_key": "hidden-key",
-        "app_secret": "hidden-secret",
-    }
-
-    def migration(self, storage):
-        field = models.FileField(storage=storage)
-        return MigrationWriter.serialize(field)[0]
-
-    def test_a_migration_holds_no_secret_and_can_be_imported_without_any(self):
-        token = self.secrets["oauth2_access_token"]
-        keywords = {k: v for k, v in self.secrets.items() if k != "oauth2_access_token"}
-        for storage in (
-            DropboxStorage(**self.secrets, root_path="/r"),
-            DropboxStorage(token, **keywords, root_path="/r"),
-        ):
-            written = self.migration(storage)
-            self.assertNotIn("hidden", written)
-            path, args, kwargs = storage.deconstruct()
-            self.assertEqual((args, kwargs), ((), {"root_path": "/r"}))
-            self.assertEqual(path, f"{module.__name__}.DropboxStorage")
-            imported = import_string(path)(*args, **kwargs)
-            self.assertEqual(imported.deconstruct(), storage.deconstruct())
-
-    def test_subclasses_with_arguments_of_their_own(self):
-        class Media(DropboxStorage):
-            def __init__(self, secret, folder="/x"):
-                super().__init__(secret, root_path=folder)
-
-        args, kwargs = Media("hidden-token", folder="/y")._constructor_args
-        self.assertEqual((args, kwargs), ((), {"folder": "/y"}))
-
-    def test_a_callable_storage_stays_a_path(self):
-        written = self.migration(get_storage)
-        self.assertIn(f"{__name__}.get_storage", written)
-
-    def test_a_storage_is_neither_false_nor_callable(self):
-        self.assertTrue(DropboxStorage())
-        self.assertFalse(callable(DropboxStorage()))
-        self.assertNotEqual(DropboxStorage(), "storage")
-
-    def test_no_repr_and_no_log_shows_a_secret(self):
-        with self.assertLogs(level="DEBUG") as logs:
-            storage = self.account.connect(DropboxStorage(**self.secrets))
-            storage.FIRST_WAIT = 0.001
-            self.account.refresh_tokens = {
-                "hidden-refresh": ("hidden-key", "hidden-secret")
-            }
-            self.account.tokens.add("sl.hidden-access")
-            self.save("a", b"x", storage)
-            self.account.fail("*", "503", times=3)
-            self.assertIn("/a", self.account.files())
-            shown = [repr(storage), str(storage), repr(storage.open("a"))]
-            logging.getLogger().debug("at least one")
-        self.assertNotIn("hidden", "".join([*shown, *logs.output]))
-
-    def test_no_error_shows_a_secret_that_dropbox_repeats(self):
-        tokens = (
-            "hidden-access",
-            '"hidden-access"',
-            r"hidden\access",
-            "hidden-access\n",
-        )
-        for token in (*tokens, "\u0142hidden-access", "hidden-access\x7f"):
-            storage = DropboxStorage()
-            storage.client = client = FakeDropbox(self.account)
-            client._oauth2_access_token = token
-            text = f'Invalid value in HTTP header "Authorization": "Bearer {token}"'
-            for answer in (text, json.dumps({"error": text})):
-                self.account.refused = Refused(400, answer)
-                with self.assertRaises(DropboxStorageException) as caught:
-                    storage.exists("a")
-                error = caught.exception
-                shown = "".join(traceback.format_exception(None, error, None))
-                self.assertIn("DropboxStorageException", shown)
-                self.assertNotIn("hidden", shown)
-                if error.__cause__:  # Dropbox has answered
-                    self.assertNotIn("hidden", repr(vars(error.__cause__)))
-
-    def debug_page(self, act):
-        """An error and what Django's debug page, and its mail to ADMINS, show of it.
-
-        That is what the frames of the error and its causes hold, but for those of the
-        tests: only FakeAccount.answer() stands for urllib3.
-        """
-        try:
-            act()
-        except Exception as error:
-            with override_settings(DEBUG=True):
-                report = ExceptionReporter(
-                    None, type(error), error, error.__traceback__
-                )
-                frames = report.get_traceback_frames()
-            shown = [
-                repr(frame.get("vars"))
-                for frame in frames
-                if frame.get("filename") != __file__
-                or frame.get("function") == "answer"
-            ]
-            self.assertTrue(shown)
-            return error, f"{error!r} {error.__cause__!r} {shown}"
-        self.fail("no error")
-
-    def test_no_debug_page_shows_a_secret(self):
-        """Of any operation under any kind of failure: its frames are shown with all they hold."""
-        names = module.CREDENTIALS[1:]
-        secrets = {name: f"{os.urandom(9).hex()}-{name}" for name in names}
-        values = [*secrets.values()]
-
-        class TimeLimit(Exception):
-            pass
-
-        def limit():
-            raise TimeLimit
-
-        kinds = ("503", "reset", "garbage", "missing_scope", limit)
-        some = ("save", "save large", "append", "read huge", "exists", "delete", "link")
-        for operation, fault in itertools.product(some, kinds):
-            options, act = OPERATIONS[operation]
-            account = FakeAccount()
-            account.put("/a", b"old")
-            account.put("/huge", HUGE)
-            account.put("/dir/0")
-            account.refresh_tokens = {values[0]: tuple(values[1:])}
-            storage = account.storage(oauth2_access_token=None, **secrets, **options)
-            clean = account.storage(oauth2_access_token=None, **secrets, **options)
-            cache.clear()
-            with account.counting() as calls:
-                act(clean)
-            account.entries.pop("/new", None)
-            for route in calls:
-                cache.clear()
-                account.put("/a", b"old")
-                account.put("/dir/0")
-                account.faults.clear()
-                account.fail(route, fault, times=999)
-                with self.subTest(f"{operation}: {route} {fault}"):
-                    error, page = self.debug_page(lambda: act(storage))
-                    self.assertIsInstance(error, (DropboxStorageException, TimeLimit))
-                    for secret in (*values, *account.tokens):
-                        self.assertFalse(secret in page)
-
-    def test_no_debug_page_shows_a_secret_that_cannot_be_used(self):
-        secret = os.urandom(9).hex()
-        for options in (
-            {"oauth2_access_token": secret, "root_path": "relative"},
-            {"oauth2_access_token": secret, "unknown": 1},
-            {"oauth2_access_token": f"{secret} "},
-            {"oauth2_refresh_token": secret, "app_secret": secret},
-            {"app_secret": secret, "timeout": 0},
-        ):
-            error, page = self.debug_page(lambda: DropboxStorage(**options))
-            self.assertIsInstance(error, ImproperlyConfigured)
-            self.assertFalse(secret in page, options)
-
-    def test_no_debug_page_shows_a_secret_where_the_sdk_is_missing(self):
-        secret = os.urandom(9).hex()
-        storage = DropboxStorage(secret)
-        with unittest.mock.patch.dict(sys.modules, {"dropbox": None}):
-            error, page = self.debug_page(lambda: storage.exists("a"))
-        self.assertIsInstance(error, ImportError)
-        self.assertFalse(secret in page)
-
-    def test_credentials_in_dicts_and_lists_stay_out_of_migrations(self):
-        class Tenant(DropboxStorage):
-            def __init__(self, accounts, folder, *more):
-                super().__init__(**accounts[0], root_path=folder)
-
-        keywords = {k: v for k, v in self.secrets.items() if "access" not in k}
-        storage = Tenant([keywords], "/x", {"deep": [keywords["app_secret"]]}, "/y")
-        self.assertEqual(storage._constructor_args, ((None, "/x", None, "/y"), {}))
-
-        class Computed(DropboxStorage):
-            oauth2_access_token = property(lambda self: self.account["token"])
-
-            def __init__(self, account):
-                self.account = account
-                super().__init__()
-
-        storage = Computed({"token": "hidden-token"})
-        self.assertEqual(storage._constructor_args, ((), {}))
-        storage.account = {}  # the property fails, as it may outside a web request
-        self.assertEqual(storage._constructor_args[1], {})
-
-    def test_credentials_stay_out_of_migrations_if_they_are_replaced_or_hidden(self):
-        class Renamed(DropboxStorage):
-            def __init__(self, secret, folder, nothing=None):
-                super().__init__(secret, root_path=folder)
-
-        class Named(DropboxStorage):
-            def __init__(self, folder, app_secret, *more):
-                super().__init__(root_path=folder)
-
-        class Hidden(DropboxStorage):
-            oauth2_access_token = property(lambda self: 1 / 0)
-
-        replaced = DropboxStorage("hidden-1", root_path="/r")
-        replaced.oauth2_access_token = "hidden-2"
-        renamed = Renamed("hidden-1", "/r", None)
-        renamed.oauth2_access_token = "hidden-2"
-        hidden = Hidden("hidden-1", root_path="/r")
-        unprintable = DropboxStorage("hidden-1", base_url=Unprintable())
-        for storage, arguments in (
-            (replaced, ((), {"root_path": "/r"})),
-            (renamed, ((None, "/r", None), {})),
-            (Named("/r", "hidden-1", "more"), (("/r", None, "more"), {})),
-            (hidden, ((), {"root_path": "/r"})),
-            (unprintable, ((), {})),
-            (DropboxStorage(timeout=None), ((), {"timeout": None})),
-        ):
-            self.assertEqual(storage._constructor_args, arguments)
-
-    def test_the_request_and_the_response_are_taken_off_the_cause(self):
-        self.storage.max_wait = 0
-        for kind in ("reset", "stall", "bad_input"):
-            with self.refused("*", kind) as caught:
-                self.save("a")
-            error = caught.exception
-            while error:
-                for value in vars(error).values():
-                    self.assertNotIn("requests.models", type(value).__module__)
-                error = error.__cause__ or error.__context__
-
-    def test_redirects_are_not_followed(self):
-        storage = self.account.storage(**REFRESHING)
-        for route in ("oauth2/token", "files/upload"):
-            with self.refused(route, "redirect") as caught:
-                storage._save("a", ContentFile(b"x"))
-            self.assertEqual(caught.exception.reason, "HTTP 307")
-        self.assertEqual(self.account.calls["files/upload"], 1)
-
-    def test_no_frame_shows_content(self):
-        """Of any read or upload that fails: its frames are shown with all they hold."""
-        secret = b"confidential!"
-        content = secret * (20 * UNIT // len(secret))
-        self.account.put("/a", content)
-        self.account.put("/small", secret)
-        self.storage.max_wait = 0
-
-        def read(name, mode, size):
-            with self.storage.open(name, mode) as file:
-                file.read(5)
-                self.account.fail("files/download", "truncate", times=99)
-                self.account.fail("files/download", "corrupt", times=99)
-                file.seek(4 * UNIT)
-                file.read(size)
-
-        def freed():
-            kept = [bytearray(content) for _ in range(9)]
-            del kept  # CPython's readinto() takes this memory
-            with self.storage.open("a") as file:
-                self.account.fail("files/download", "503", times=99)
-                file.seek(9 * UNIT)
-                file.file.raw.read(9 * UNIT)
-
-        def save(content):
-            self.account.fail("files/upload", "bad_input", times=99)
-            self.account.fail("files/upload_session/append_v2", "bad_input", times=99)
-            self.storage.save("new", content)
-
-        def write(mode, content):
-            file = self.storage.open("a", mode)
-            file.write(content)
-            self.account.fail("*", "bad_input", times=99)
-            file.close()
-
-        half = secret.decode() + "\ud800" + secret.decode()
-        for number, act in enumerate(
-            [
-                *(
-                    lambda m=m, n=n: read("a", m, n)
-                    for m in ("rb", "r")
-                    for n in (-1, 9)
-                ),
-                freed,
-                lambda: save(ContentFile(content)),
-                lambda: save(ContentFile(secret)),
-                lambda: save(ContentFile(content.decode())),
-                lambda: save(ContentFile(half)),
-                lambda: save(Unsized(secret, half)),
-                lambda: write("wb", content),
-                lambda: write("ab", secret),
-                lambda: write("r+", f"new {secret.decode()}"),
-            ]
-        ):
-            self.account.faults.clear()
-            with self.subTest(number):
-                error, page = self.debug_page(act)
-                self.assertNotIn("confidential", page)
-                self.assertLess(len(page), 40_000)
-
-    def test_text_that_is_no_utf_8_is_named(self):
-        with self.assertRaises(UnicodeEncodeError) as caught:
-            self.storage.save("a", ContentFile("abc\ud800def"))
-        self.assertIn("character 3 of a chunk", str(caught.exception))
-        self.assertEqual(caught.exception.object, "\ud800")
-        self.holds({})
-
-    def test_what_is_being_sent_is_short_in_every_frame(self):
-        content = SimpleUploadedFile("a", noise(300 * UNIT))
-        self.storage.max_wait = 0
-        for route in ("files/upload", "files/upload_session/append_v2"):
-            size = 7 * UNIT if route == "files/upload" else 300 * UNIT
-            content = SimpleUploadedFile("a", noise(size))
-            acts = [lambda: self.storage._save("a", content)]
-            acts.append(lambda: self.write("a", noise(size)))
-            for act in acts:
-                with self.failing(route, "503", times=99):
-                    error, page = self.debug_page(act)
-                self.assertLess(len(page), 20_000 + 4 * UNIT)
 
 
 # The options
@@ -2237,51 +1747,6 @@ class ConfigurationTests(StorageTestCase):
         self.save("a.txt", b"x", storage)
         self.assertEqual(self.account.files(), {"/a.txt": b"x"})
 
-    def test_who_uses_the_client_gets_errors_at_once(self):
-        for fault in ("503", "429"):
-            self.account.fail("files/get_metadata", fault)
-            with self.assertRaises(dropbox.exceptions.HttpError):
-                self.storage.client.files_get_metadata("/a")
-            self.account.faults.clear()
-
-    def test_copies_and_pickles_share_the_client(self):
-        storage = DropboxStorage("valid-token", root_path="/r")
-        for copied in (copy.deepcopy(storage), pickle.loads(pickle.dumps(storage))):
-            self.assertEqual(copied.deconstruct(), storage.deconstruct())
-            self.assertIs(copied.client, storage.client)
-            name = self.save("a.txt", b"x", copied)
-            self.assertIn(f"/r/{name}", self.account.files())
-
-    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
-    def test_a_forked_process_builds_its_own_client(self):
-        self.storage = DropboxStorage("valid-token")
-        self.storage.exists("a.txt")
-        parent = id(self.storage.client)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
-            child = os.fork()
-        if not child:
-            status = 1
-            with contextlib.suppress(BaseException):
-                self.storage.exists("a.txt")
-                status = int(id(self.storage.client) == parent)
-            os._exit(status)
-        self.assertEqual(os.waitpid(child, 0)[1], 0)
-        self.assertEqual(id(self.storage.client), parent)
-
-    def test_what_costs_much_is_not_imported_with_the_module(self):
-        code = (
-            "from django.conf import settings; settings.configure(); import sys\n"
-            f"from {module.__name__} import DropboxStorage; DropboxStorage('token')\n"
-            "costly = {'dropbox', 'requests', 'django.http', 'django.db.models'}\n"
-            "assert not costly & sys.modules.keys()\n"
-        )
-        folder = (
-            pathlib.Path(module.__file__).resolve().parents[module.__name__.count(".")]
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=folder, check=False)
-        self.assertEqual(done.returncode, 0)
-
     def test_of_two_tokens_the_nearer_one_is_used(self):
         refreshing = {
             "DROPBOX_OAUTH2_REFRESH_TOKEN": "valid-refresh-token",
@@ -2332,136 +1797,6 @@ class ConfigurationTests(StorageTestCase):
         storage.tenant = None
         self.assertEqual(storage._constructor_args, ((), {}))
 
-    def test_a_forked_process_does_not_share_an_assigned_clients_connections(self):
-        self.storage.client = client = FakeDropbox(self.account)
-        closed = []
-        self.account.close = lambda: closed.append(os.getpid())
-        self.storage.exists("a.txt")
-        closed.clear()
-        self.storage.exists("a.txt")
-        self.assertEqual(closed, [])
-        with unittest.mock.patch.object(os, "getpid", lambda: 1):  # as in a child
-            self.storage.exists("a.txt")
-            self.storage.exists("a.txt")
-        self.assertEqual(closed, [1])
-        self.assertIs(self.storage.client, client)
-
-    def test_tenants_that_take_turns_keep_their_clients(self):
-        tenants = ("one", "two", "three")
-
-        class Tenants(DropboxStorage):
-            tenant = asked = None
-            app_key, app_secret = "app-key", "app-secret"
-
-            @property
-            def oauth2_refresh_token(self):
-                self.asked.append(self.tenant)
-                return f"refresh-{self.tenant}"
-
-        storage = Tenants()
-        storage.asked = []
-        for tenant in tenants:
-            self.account.refresh_tokens[f"refresh-{tenant}"] = ("app-key", "app-secret")
-        for storage.tenant in tenants * 7:
-            storage.exists("a")
-        self.assertEqual(self.account.calls["oauth2/token"], 3)
-        self.assertEqual(storage.asked, [*tenants * 7])  # once for each request
-        clients = weakref.WeakSet()
-        with unittest.mock.patch.object(module, "KEPT_CLIENTS", 5):
-            for number in range(20):
-                storage.tenant = f"{number}"
-                clients.add(storage.client)
-                storage.tenant = "0"  # is used again and again, and stays
-                clients.add(storage.client)
-            gc.collect()
-            self.assertEqual(len(clients), 5)
-            self.assertIn(storage.client, clients)
-
-    def refreshing(self, number=1, **options):
-        """A new storage for the account with that number, whose token must be fetched."""
-        token = f"refresh-{number}"
-        self.account.refresh_tokens[token] = ("app-key", "app-secret")
-        options = {**REFRESHING, "oauth2_refresh_token": token, **options}
-        return DropboxStorage(**options)
-
-    def test_storages_of_one_account_refresh_its_token_once(self):
-        with self.costs("oauth2/token", *["files/get_metadata"] * 25):
-            for _ in range(25):
-                self.refreshing().exists("a")
-
-    def test_forty_accounts_fetch_forty_tokens(self):
-        for _ in range(3):
-            for number in range(40):
-                self.refreshing(number).exists("a")
-        expected = {"oauth2/token": 40, "files/get_metadata": 120}
-        self.assertEqual(self.account.calls, expected)
-
-    def test_all_accounts_share_the_connections_of_a_process(self):
-        clients = [self.refreshing(number).client for number in range(3)]
-        self.assertEqual(len({id(client) for client in clients}), 3)
-        self.assertEqual(len({id(client._session) for client in clients}), 1)
-        other = self.refreshing(1, timeout=7).client
-        self.assertEqual((other._timeout, clients[1]._timeout), (7, 100))
-
-    def test_a_session_keeps_no_cookies_and_no_netrc_replaces_the_token(self):
-        class Setting(FakeAccount):
-            def send(self, request, **kwargs):
-                self.cookie = request.headers.get("Cookie")
-                response = super().send(request, **kwargs)
-                message = http.client.HTTPMessage()
-                message["Set-Cookie"] = "name=value; Path=/"
-                original = types.SimpleNamespace(msg=message, isclosed=lambda: True)
-                response.raw._original_response = original
-                return response
-
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            self.mounted(Setting()) as account,
-        ):
-            netrc = pathlib.Path(folder, "netrc")
-            netrc.write_text("default login user password secret", encoding="utf-8")
-            with unittest.mock.patch.dict(os.environ, NETRC=str(netrc)):
-                for _ in range(2):
-                    self.assertFalse(DropboxStorage("valid-token").exists("a"))
-            authorization = account.last_headers["Authorization"]
-            self.assertEqual(authorization, "Bearer valid-token")
-            self.assertIsNone(account.cookie)
-
-    def test_proxies_and_certificates_of_the_environment_are_used(self):
-        class Asking(FakeAccount):
-            def send(self, request, stream, timeout, verify, cert, proxies):
-                self.asked = verify, proxies.get("https")
-                return super().send(request, stream, timeout)
-
-        environment = {"HTTPS_PROXY": "http://proxy:1", "REQUESTS_CA_BUNDLE": "/ca.pem"}
-        with unittest.mock.patch.dict(os.environ, environment):
-            with self.mounted(Asking()) as account:
-                DropboxStorage("valid-token").exists("a")
-        self.assertEqual(account.asked, ("/ca.pem", "http://proxy:1"))
-
-    def test_hooks_of_an_assigned_client_are_called_and_left_as_they_are(self):
-        seen = []
-
-        def note(response, **kwargs):
-            seen.append(response.status_code)
-
-        for hooks in ({}, {"response": note}, {"response": [note]}, {"response": []}):
-            client = FakeDropbox(self.account)
-            client._session.hooks = copy.deepcopy(hooks)
-            self.storage.client = client
-            self.assertFalse(self.storage.exists("a"))
-            self.assertEqual(client._session.hooks, hooks)
-        self.assertEqual(seen, [409, 409])
-
-    def test_storages_that_share_a_client_close_its_connections_once(self):
-        client = FakeDropbox(self.account)
-        with unittest.mock.patch.object(self.account, "close") as closed:
-            for _ in range(20):
-                storage = DropboxStorage()
-                storage.client = client
-                storage.exists("a")
-        self.assertEqual(closed.call_count, 1)
-
     def test_a_patched_class_attribute_reaches_a_storage_that_exists(self):
         class Media(DropboxStorage):
             root_path = "/production"
@@ -2495,12 +1830,6 @@ class ConfigurationTests(StorageTestCase):
             storage.CONNECTIONS = storage.CHUNK_SIZE = number
             self.write("a", HUGE, storage=storage)
             self.assertTrue(self.read("a", storage) == HUGE)
-
-    def test_threads_share_a_client_that_is_made_at_once(self):
-        storage = DropboxStorage("token")
-        with ThreadPoolExecutor(8) as pool:
-            clients = {*pool.map(lambda _: storage.client, range(8))}
-        self.assertEqual(len(clients), 1)
 
     def storages(self, **entries):
         """These entries in STORAGES: options by alias."""
@@ -2772,79 +2101,6 @@ class SavingTests(StorageTestCase):
         with self.assertRaises(SuspiciousFileOperation):
             storage.save("x" * 30 + ".txt", ContentFile(b""), max_length=4)
 
-    def test_what_dropbox_has_stored_is_compared_with_what_was_sent(self):
-        class Careless(FakeAccount):
-            def commit(self, target, data):
-                return super().commit(target, data[:-1])
-
-        for size in (5, 3 * self.storage.CHUNK_SIZE):
-            with self.assertRaises(DropboxStorageException) as caught:
-                Careless().storage().save("a", ContentFile(bytes(size)))
-            self.assertEqual(caught.exception.reason, "content_hash_mismatch")
-
-    def test_two_who_save_equal_bytes_under_one_name_get_a_file_each(self):
-        """One of them is refused once by a 503 that has done nothing."""
-        for size in (5, 3 * self.storage.CHUNK_SIZE):
-            data = random.Random(size).randbytes(size)
-            for mode in ("add", "x"):
-                account = FakeAccount()
-                storage = account.storage()
-                times = {"modified": "2024-07-01T12:00:00Z"}
-                for route in ("files/upload", "files/upload_session/finish"):
-                    account.fail(route, lambda: account.put("/a", data, **times))
-                with self.subTest(size=size, mode=mode):
-                    if mode == "add":
-                        name = storage._save("a", ContentFile(data))
-                        files = {"/a": data, f"/{name}": data}
-                        self.assertTrue(account.files() == files)
-                        self.assertEqual(len(files), 2)
-                    else:
-                        with self.assertRaises(FileExistsError):
-                            with storage.open("a", "xb") as file:
-                                file.write(data)
-
-    def test_the_time_of_a_file_is_that_of_its_commit(self):
-        for size in (5, 3 * self.storage.CHUNK_SIZE):
-            before = int(time.time())
-            name = self.save("a", bytes(size))
-            entry = self.account.entries[f"/{name.lower()}"]
-            modified = datetime.datetime.strptime(
-                f"{entry.client_modified}+0000", "%Y-%m-%dT%H:%M:%SZ%z"
-            )
-            self.assertLessEqual(before, modified.timestamp())
-            self.assertLessEqual(modified.timestamp(), time.time())
-
-    def test_chunks_of_any_size_fit_into_a_request(self):
-        class Small(FakeAccount):  # as if 12 UNIT were all that a request may carry
-            def check_hash(self, argument, body):
-                assert len(body) <= 12 * UNIT
-                super().check_hash(argument, body)
-
-        data = noise(30 * UNIT + 1, 8)
-        for size in (1, 5 * UNIT, 75 * UNIT, 150 * UNIT, 1000 * UNIT):
-            account = Small()
-            storage = account.storage()
-            storage.CHUNK_SIZE = size
-            with unittest.mock.patch.object(module, "MAX_REQUEST", 12 * UNIT):
-                for end in (9 * UNIT, 13 * UNIT, len(data)):
-                    name = storage.save("a", ContentFile(data[:end]))
-                    self.assertTrue(account.files()[f"/{name}"] == data[:end])
-            self.assertEqual(len(account.sessions), 0)
-
-    def test_each_byte_is_hashed_once(self):
-        hashed = []
-
-        class Counting(module._ContentHash):
-            def update(self, data):
-                hashed.append(len(data))
-                super().update(data)
-
-        data = bytes(5 * self.storage.CHUNK_SIZE + 1)
-        with unittest.mock.patch.object(module, "_ContentHash", Counting):
-            self.save("small", data[:5])
-            self.save("large", data)
-        self.assertEqual(sum(hashed), 5 + len(data))
-
     def test_update_replaces_what_it_has_seen_and_nothing_else(self):
         storage = self.account.storage(write_mode="update")
         for content in (b"first", b"second"):
@@ -2857,19 +2113,6 @@ class SavingTests(StorageTestCase):
         self.assertEqual(caught.exception.reason, "path/conflict/file")
         self.holds({"a": b"theirs"})
 
-    def test_names_that_are_taken_again_and_again(self):
-        class Counting(DropboxStorage):
-            count = 0
-
-            def get_available_name(self, name, max_length=None):
-                self.count += 1
-                return f"{self.count}.txt"
-
-        for number in range(1, 30):
-            self.account.put(f"/{number}.txt", b"other")
-        storage = self.account.connect(Counting("valid-token"))
-        self.assertEqual(self.save("a", b"mine", storage), "30.txt")
-
     def test_a_taken_name_that_comes_again_is_an_error(self):
         class Stubborn(DropboxStorage):
             def get_available_name(self, name, max_length=None):
@@ -2880,75 +2123,6 @@ class SavingTests(StorageTestCase):
         with self.assertRaises(FileExistsError), self.costs("files/upload"):
             self.save("a", b"mine", storage)
         self.holds({"a": b"theirs"})
-
-    def test_many_saves_at_once_pass_an_account_that_is_busy(self):
-        """Dropbox refuses what has waited for its lock: time alone decides."""
-        self.account.fail("files/upload", "too_many_writes", times=40, value=1)
-        self.save("a", b"x")
-        self.holds({"a": b"x"})
-        self.assertEqual(self.clock.pauses, [1] * 40)
-
-    def test_a_lost_response_to_the_last_attempt_is_no_failure(self):
-        """With max_wait=0, too: a task's retry would make a second file."""
-        for size, route in (
-            (5, "files/upload"),
-            (len(LARGE), "files/upload_session/finish"),
-        ):
-            for kind in ("reset_after", "503_after", "misfit_after"):
-                for mode in ("add", "overwrite", "update"):
-                    self.new_account()
-                    storage = self.account.storage(max_wait=0, write_mode=mode)
-                    with self.subTest(f"{route} {kind} {mode}"):
-                        with self.failing(route, kind):
-                            self.assertEqual(self.save("a", LARGE[:size], storage), "a")
-                        self.holds({"a": LARGE[:size]})
-
-    def test_equal_bytes_of_somebody_else_are_not_taken_for_it(self):
-        for data, route in (
-            (b"small", "files/upload"),
-            (LARGE, "files/upload_session/finish"),
-        ):
-            self.new_account()
-            storage, other_time = (
-                self.account.storage(max_wait=0),
-                "2020-01-01T00:00:00Z",
-            )
-            theirs = functools.partial(self.account.put, "/a", data, other_time)
-            with self.refused(route, theirs):
-                storage._save("a", ContentFile(data))
-            self.holds({"a": data})
-
-    def test_a_dead_dropbox_is_waited_for_once(self):
-        for size in (5, len(LARGE)):
-            self.new_account()
-            for route in ("files/upload", "files/upload_session/finish"):
-                self.account.fail(
-                    route, lambda: self.account.fail("*", "503", times=999)
-                )
-            self.clock.pauses.clear()
-            with self.assertRaises(DropboxStorageException):
-                self.storage._save("a", ContentFile(LARGE[:size]))
-            self.assertEqual(self.account.calls["files/get_metadata"], 1)
-            self.assertLess(sum(self.clock.pauses), 61)
-
-    def test_a_chunk_that_is_lost_and_then_refused_has_not_arrived(self):
-        append = "files/upload_session/append_v2"
-        self.account.fail(append, "503")
-        self.account.fail(append, "session_lost", times=2)
-        self.storage.CONNECTIONS = 1
-        with self.assertRaisesRegex(DropboxStorageException, f"^{append} of") as caught:
-            self.save("a", HUGE)
-        self.assertEqual(caught.exception.reason, "not_found")
-        self.holds({})
-
-    def test_a_chunk_that_was_not_lost_and_is_refused_is_an_error(self):
-        append = "files/upload_session/append_v2"
-        for reason in ("/closed", "/incorrect_offset"):
-            with self.refused(append, reason) as caught:
-                self.save("a", HUGE)
-            self.assertEqual(caught.exception.reason, reason[1:])
-            self.ends_its_threads()
-        self.holds({})
 
 
 class LookingTests(StorageTestCase):
@@ -3329,74 +2503,6 @@ class LinkTests(StorageTestCase):
         with override_settings(ROOT_URLCONF=(pattern,)):
             self.assertEqual(storage.url("a b.txt"), "/media/a%20b.txt")
 
-    def test_a_link_that_is_made_while_the_file_is_replaced_is_not_kept(self):
-        storage = self.account.storage(write_mode="overwrite")
-
-        class Replacing(FakeAccount):
-            def files_get_temporary_link(self, argument, body):
-                result = super().files_get_temporary_link(argument, body)
-                if self.changes[-1]["size"] == 5:
-                    storage.save("A b.txt", ContentFile(b"new"))
-                return result
-
-        self.account = Replacing()
-        self.account.put("/a b.txt", b"12345")
-        self.account.connect(storage)
-        self.leads_to(storage.url("a b.txt"), b"12345")
-        self.leads_to(storage.url("a b.txt"), b"new")
-        self.assertEqual(storage.url("a b.txt"), storage.url("a b.txt"))
-
-    def test_no_link_to_an_old_file_is_kept_however_readers_and_writers_interleave(
-        self,
-    ):
-        """A writer and a second reader come at each step of a first reader."""
-
-        class Stepping(LocMemCache):
-            step = staticmethod(lambda: None)
-
-            def get(self, *args, **kwargs):
-                self.step()
-                return super().get(*args, **kwargs)
-
-            def add(self, *args, **kwargs):
-                self.step()
-                return super().add(*args, **kwargs)
-
-            def set(self, *args, **kwargs):
-                self.step()
-                return super().set(*args, **kwargs)
-
-            def delete(self, *args, **kwargs):
-                self.step()
-                return super().delete(*args, **kwargs)
-
-        storage = self.account.storage(write_mode="overwrite")
-        backend = Stepping("stepping", {})
-        with unittest.mock.patch.object(module, "caches", {"default": backend}):
-            for writing, reading in itertools.product(range(8), range(8)):
-                backend.clear()
-                self.account.put("/a", b"old")
-                due = {writing: lambda: self.save("a", b"new", storage)}
-                steps = itertools.count()
-
-                def step(due=due, steps=steps):
-                    backend.step = lambda: None
-                    for act in (due.get(number := next(steps)), reader.get(number)):
-                        if act:
-                            act()
-                    backend.step = step
-
-                reader = {reading: lambda: storage.url("a")}
-                self.account.fail("files/get_temporary_link", step)
-                backend.step = step
-                storage.url("a")
-                backend.step = lambda: None
-                if next(steps) <= writing:
-                    due[writing]()
-                with self.subTest(writing=writing, reading=reading):
-                    self.leads_to(storage.url("a"), b"new")
-            self.assertGreater(next(steps), 4)
-
     def test_what_fails_drops_the_link_too(self):
         """It may have been carried out."""
         storage = self.account.storage(write_mode="overwrite", max_wait=0)
@@ -3426,16 +2532,6 @@ class LinkTests(StorageTestCase):
         }.items():
             self.assertEqual(storage.url(name), url)
 
-    def test_own_clients_with_other_headers_have_other_links(self):
-        links = set()
-        for headers in (None, {"Dropbox-API-Path-Root": '{"namespace_id": "42"}'}):
-            storage = DropboxStorage()
-            storage.client = FakeDropbox(self.account)
-            storage.client._headers = headers
-            self.account.put("/team/a b.txt", b"theirs")
-            links.add(storage.url("a b.txt"))
-        self.assertEqual(len(links), 2)
-
     def test_saving_writing_and_deleting_drop_the_link(self):
         storage = self.account.storage(write_mode="overwrite")
         for change, content in (
@@ -3459,15 +2555,6 @@ class LinkTests(StorageTestCase):
         links = {self.account.storage(**some).url("a b.txt") for some in options}
         self.assertEqual(len(links), 5)
 
-    def test_names_that_only_python_takes_for_equal_have_links_of_their_own(self):
-        self.account = FakeAccount(quirks=("folding",))
-        storage = self.account.storage()
-        names = ("ΝΙΚΟΣ", "νικος")  # equal under Python's lower()
-        for name in names:
-            self.account.put(f"/{name}", name.encode())
-        for name in names * 2:
-            self.leads_to(storage.url(name), name.encode())
-
     def test_a_missing_file_has_an_invalid_address_and_one_warning(self):
         for name, address in {
             "gone.jpg": "about:invalid#gone.jpg",
@@ -3490,49 +2577,6 @@ class LinkTests(StorageTestCase):
                 act()
             self.assertEqual(len(cache._cache), 0)
 
-    def test_the_link_of_a_busy_file_is_kept(self):
-        """A newcomer, who asks while the link is being made, does not hinder that."""
-        storage, arrived, leave = self.storage, threading.Event(), threading.Event()
-
-        class Busy(FakeAccount):
-            def answer(self, route, *args):
-                if route == "files/get_temporary_link" and not arrived.is_set():
-                    if threading.current_thread() is newcomer:
-                        arrived.set()
-                        leave.wait(5)
-                    else:
-                        newcomer.start()
-                        arrived.wait(5)
-                return super().answer(route, *args)
-
-        newcomer = threading.Thread(target=lambda: storage.url("a b.txt"))
-        self.account = Busy()
-        self.account.put("/a b.txt", b"12345")
-        self.account.connect(storage)
-        link = storage.url("a b.txt")
-        self.assertTrue(newcomer.is_alive())
-        self.assertEqual(storage.url("a b.txt"), link)
-        leave.set()
-        newcomer.join(5)
-        self.assertEqual(self.account.calls["files/get_temporary_link"], 2)
-
-    def test_what_is_no_link_in_the_cache_is_ignored(self):
-        self.storage.url("a b.txt")
-        key = min(cache._cache).partition(":1:")[2]
-        for garbage in (
-            7,
-            "x",
-            [],
-            {"a": 1},
-            "http://a",
-            b"https://a",
-            ("https://a", 1),
-        ):
-            cache.set(key, garbage)
-            link = self.storage.url("a b.txt")
-            self.leads_to(link, b"12345")
-            self.assertEqual(self.storage.url("a b.txt"), link)
-
     def test_another_cache_can_keep_the_links(self):
         backend = "django.core.cache.backends.locmem.LocMemCache"
         own = {"BACKEND": backend, "LOCATION": "links"}
@@ -3546,121 +2590,8 @@ class LinkTests(StorageTestCase):
             storage.delete("a b.txt")
             self.assertEqual(len(caches["links"]._cache), 0)
 
-    def test_a_cache_that_is_down_costs_one_wait_for_each_link(self):
-        with override_settings(
-            CACHES={"default": {"BACKEND": f"{__name__}.BrokenCache"}}
-        ):
-            BrokenCache.calls = 0
-            with self.assertLogs("dropbox_storage", "WARNING") as logs:
-                self.leads_to(self.storage.url("a b.txt"), b"12345")
-                self.storage.url("gone")
-            self.assertEqual(BrokenCache.calls, 2)
-            self.assertNotIn("cache.example", "".join(logs.output))
-            line = "WARNING:dropbox_storage:The cache of links failed: ConnectionError."
-            self.assertEqual(logs.output[:2], [line, line])
-            self.save("b.txt", b"x")
-        self.assertEqual(self.account.calls["files/get_temporary_link"], 2)
-
-    def test_a_cache_that_keeps_json(self):
-        class JsonCache(LocMemCache):
-            def set(self, key, value, *args, **kwargs):
-                super().set(key, json.dumps(value), *args, **kwargs)
-
-            def add(self, key, value, *args, **kwargs):
-                return super().add(key, json.dumps(value), *args, **kwargs)
-
-            def get(self, key, default=None, **kwargs):
-                found = super().get(key, None, **kwargs)
-                return default if found is None else json.loads(found)
-
-        kept = {"default": JsonCache("json", {})}
-        with unittest.mock.patch.object(module, "caches", kept):
-            link = self.storage.url("a b.txt")
-            self.assertEqual(self.storage.url("a b.txt"), link)
-
-    def test_nothing_is_forgotten_where_nothing_is_kept(self):
-        storage = self.account.storage(url_cache_timeout=0)
-        with unittest.mock.patch.object(LocMemCache, "delete") as deleted:
-            storage.delete("a b.txt")
-        deleted.assert_not_called()
-
-
-class BrokenCache(BaseCache):
-    calls = 0
-
-    def __init__(self, *args):
-        super().__init__({})
-
-    def get(self, *args, **kwargs):
-        BrokenCache.calls += 1
-        raise ConnectionError("redis://user:password@cache.example is down")
-
-    add = set = delete = delete_many = get
-
 
 # Requests
-
-
-class RetryTests(unittest.TestCase):
-    """What follows a failure, as a table: no request is sent."""
-
-    def decide(self, *failures, max_wait=60, can_refresh=False):
-        """Add (reason, fields, seconds) in turn. Return the pause, or "give up"."""
-        retry = module._Retry(max_wait, 0.5, can_refresh)
-        for reason, fields, now in failures:
-            failure = module._Failure(reason, **dict.fromkeys(fields.split(), True))
-            retry.add(failure, now)
-        return "give up" if retry.gives_up else retry.pause, retry
-
-    def test_table(self):
-        busy = ("busy", "is_transient", 0)
-        expired, invalid = (
-            ("expired_access_token", "", 0),
-            ("invalid_access_token", "", 0),
-        )
-        for failures, options, least, most in (
-            ([("path/x", "", 0)], {}, "give up", 0),
-            ([busy], {}, 0.25, 0.5),
-            ([busy] * 2, {}, 0.5, 1),
-            ([busy] * 6, {}, 7.5, 15),
-            ([busy] * 2000, {}, 7.5, 15),
-            ([busy], {"max_wait": 0}, "give up", 0),
-            ([busy, ("busy", "is_transient", 59)], {}, 0.5, 1),
-            ([busy, ("busy", "is_transient", 60)], {}, "give up", 0),
-            ([busy, ("path/x", "", 1)], {}, "give up", 0),
-            ([busy, ("busy", "is_transient", 1e9)], {"max_wait": float("inf")}, 0.5, 1),
-            ([expired], {}, "give up", 0),
-            ([invalid], {}, "give up", 0),
-            ([expired], {"can_refresh": True, "max_wait": 0}, 0, 0),
-            ([invalid], {"can_refresh": True, "max_wait": 0}, 0, 0),
-            ([expired] * 2, {"can_refresh": True, "max_wait": 0}, "give up", 0),
-            ([expired] * 2, {"can_refresh": True}, 0.5, 1),
-            ([invalid] * 2, {"can_refresh": True}, "give up", 0),
-            ([expired, invalid], {"can_refresh": True}, "give up", 0),
-            ([busy, expired], {"can_refresh": True}, 0, 0),
-        ):
-            found, retry = self.decide(*failures, **options)
-            with self.subTest(failures=failures[:3], options=options):
-                self.assertEqual(retry.attempts, len(failures))
-                if least == "give up":
-                    self.assertEqual(found, least)
-                else:
-                    self.assertNotEqual(found, "give up")
-                    self.assertTrue(least <= found <= most, found)
-
-    def test_what_was_lost_once_stays_lost(self):
-        gone, refused = ("gone", "is_transient is_lost", 0), ("path/conflict", "", 7)
-        retry = self.decide(gone, refused)[1]
-        self.assertTrue(retry.failure.is_lost)
-        self.assertFalse(retry.failure.is_transient)
-        self.assertEqual((retry.waited, retry.failure.reason), (7, "path/conflict"))
-
-    def test_dropbox_says_how_long_to_wait(self):
-        retry = module._Retry(60, 0.5, False)
-        retry.add(module._Failure("busy", is_transient=True, retry_after=7.5), 0)
-        self.assertEqual((retry.pause, retry.gives_up), (7.5, False))
-        retry.add(module._Failure("busy", is_transient=True, retry_after=60), 0)
-        self.assertTrue(retry.gives_up)
 
 
 class WaitingTests(StorageTestCase):
@@ -3965,133 +2896,6 @@ class TokenTests(StorageTestCase):
             self.storage.client._oauth2_access_token_expiration = None
             with self.costs():
                 self.assertEqual(file.read(), LARGE[5 : 8 * UNIT])
-
-
-class StalledTokenTests(StorageTestCase):
-    """The token endpoint stalls: only what needs a new token waits, and not for long."""
-
-    def setUp(self):
-        super().setUp()
-        unittest.mock.patch.object(module, "time", time).start()
-        self.addCleanup(unittest.mock.patch.stopall)
-
-        class Stalling(FakeAccount):
-            stalls, release = False, threading.Event()
-
-            def token(self, form):
-                if self.stalls:
-                    self.release.wait(3)
-                    raise Refused(503, "stalled")
-                return super().token(form)
-
-        self.account = Stalling()
-        self.account.release.clear()
-        self.addCleanup(self.account.release.set)
-        self.account.put("/a", LARGE)
-        self.storage = self.account.storage(**REFRESHING, timeout=0.5, max_wait=0)
-        self.link, self.file = self.storage.url("a"), self.storage.open("a")
-        self.file.read(5)
-        self.account.stalls = True
-
-    def stalled(self, count):
-        """Threads that need a new token."""
-        pool = ThreadPoolExecutor(count)
-        self.addCleanup(pool.shutdown)
-        futures = [pool.submit(self.storage.exists, "a") for _ in range(count)]
-        time.sleep(0.1)
-        return futures
-
-    def test_threads_wait_together(self):
-        """For one refresh, and for no longer than the timeout."""
-        self.account.expire_tokens()
-        self.storage.client._oauth2_access_token_expiration = None
-        begun = time.monotonic()
-        with self.account.counting() as calls:
-            for future in self.stalled(8):
-                error = future.exception()
-                self.assertIsInstance(error, DropboxStorageException)
-                self.assertTrue(error.temporary)
-            self.assertLess(time.monotonic() - begun, 1.4)  # 0.5, not eight times that
-            self.assertIn("token refresh timed out", str(error))
-            self.account.release.set()
-            self.ends_its_threads()
-        self.assertEqual(calls, {"oauth2/token": 1})
-
-    def test_cached_links_open_responses_and_valid_tokens_do_not_wait(self):
-        soon = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
-        soon += datetime.timedelta(seconds=100)  # valid, but due to be refreshed
-        self.storage.client._oauth2_access_token_expiration = soon
-        (refreshing,) = self.stalled(1)
-        begun = time.monotonic()
-        self.assertEqual(self.storage.url("a"), self.link)
-        self.assertEqual(self.file.read(5), LARGE[5:10])
-        self.assertTrue(self.storage.exists("a"))
-        self.assertLess(time.monotonic() - begun, 0.3)
-        self.assertTrue(refreshing.result())
-        self.account.release.set()
-        self.ends_its_threads()
-        self.assertTrue(self.storage.exists("a"))  # a failed early refresh harms nobody
-
-
-class SharedRefreshTests(StorageTestCase):
-    """Threads that need a token wait for one refresh, and learn how it has ended."""
-
-    def setUp(self):
-        super().setUp()
-        unittest.mock.patch.object(module, "time", time).start()
-        self.addCleanup(unittest.mock.patch.stopall)
-        self.storage = self.account.storage(**REFRESHING)
-        self.begun, self.go_on = threading.Event(), threading.Event()
-        token = self.account.token
-
-        def slow(form):
-            self.begun.set()
-            self.go_on.wait(5)
-            return token(form)
-
-        self.account.token = slow
-
-    def results(self, count=8):
-        """What exists() does in each of the threads, all of which wait for the refresh."""
-        with ThreadPoolExecutor(count) as pool:
-            futures = [pool.submit(self.storage.exists, "a") for _ in range(count)]
-            self.begun.wait(5)
-            time.sleep(0.1)
-            self.assertFalse(any(future.done() for future in futures))
-            self.go_on.set()
-            return [future.exception() or future.result() for future in futures]
-
-    def test_all_go_on_with_the_token(self):
-        self.assertEqual(self.results(), [False] * 8)
-        expected = {"oauth2/token": 1, "files/get_metadata": 8}
-        self.assertEqual(self.account.calls, expected)
-
-    def test_a_refusal_reaches_all_as_what_it_is(self):
-        self.account.refresh_tokens.clear()
-        errors = self.results()
-        self.assertEqual([error.reason for error in errors], ["invalid_grant"] * 8)
-        self.assertEqual(len({id(error) for error in errors}), 8)
-        self.assertEqual(len({id(error.__cause__) for error in errors}), 8)
-        self.assertEqual(self.account.calls, {"oauth2/token": 1})
-
-    def test_storages_of_one_account_wait_together_too(self):
-        with self.mounted(self.account):
-            storages = [DropboxStorage(**REFRESHING) for _ in range(8)]
-            with unittest.mock.patch.object(self, "storage") as any_storage:
-                any_storage.exists = lambda name: storages.pop().exists(name)
-                self.assertEqual(self.results(), [False] * 8)
-        self.assertEqual(self.account.calls["oauth2/token"], 1)
-
-    def test_no_lock_is_held_while_a_request_is_sent(self):
-        """Other accounts, valid tokens and new storages do not wait for the refresh."""
-        waiting = threading.Thread(target=self.storage.exists, args="a")
-        waiting.start()
-        self.begun.wait(5)
-        other = self.account.storage(oauth2_access_token="valid-token")
-        self.assertFalse(other.exists("a"))
-        self.assertTrue(DropboxStorage("valid-token").client)
-        self.go_on.set()
-        waiting.join()
 
 
 class FaultTests(StorageTestCase):
@@ -4426,124 +3230,6 @@ class FileTests(StorageTestCase):
             response.close()
         self.assertEqual(content, b"one\ntw\xc3\xb6\r\nthree")
         self.assertEqual(calls, {"files/download": 1})
-
-    def test_no_reply_is_left_open(self):
-        replies = []  # kept, so that none is closed only by being forgotten
-
-        class Recording(FakeAccount):
-            def send(self, *args, **kwargs):
-                replies.append(super().send(*args, **kwargs))
-                return replies[-1]
-
-        account = Recording()
-        storage = account.storage()
-        account.put("/big", self.big)
-        account.fail("files/download", "truncate", times=2)
-        with storage.open("big") as file:
-            self.assertTrue(file.read() == self.big)
-        for size in (5 * UNIT, 5):
-            with storage.open("big") as file:
-                file.read(size)
-            self.ends_its_threads()
-        files = [reply for reply in replies if "dropbox-api-result" in reply.headers]
-        self.assertGreater(len(files), 5)
-        self.assertTrue(all(reply.raw.closed for reply in files))
-
-    def test_closing_does_not_wait_for_what_is_fetched_ahead(self):
-        class Slow(io.BytesIO):
-            def read(self, *args):
-                time.sleep(0.05)
-                return super().read(*args)
-
-        self.account.put("/big", self.big)
-        for leave in ("close", "seek"):
-            self.account.body = io.BytesIO
-            file = self.storage.open("big")
-            file.read(2 * UNIT)
-            self.account.body = Slow
-            file.read(5 * UNIT // 2)  # with the second block comes a seventh
-            begun = time.monotonic()
-            if leave == "close":
-                file.close()
-            else:
-                file.seek(0)
-                self.assertEqual(file.read(9), self.big[:9])
-            self.assertLess(time.monotonic() - begun, 0.5)
-            file.close()
-
-    def test_a_reply_from_elsewhere_in_the_file_is_refused(self):
-        class Rangeless(FakeAccount):
-            def send_file(self, metadata, data, request, fault):
-                request.headers.pop("Range", None)
-                return super().send_file(metadata, data, request, fault)
-
-            def send(self, *args, **kwargs):
-                self.response = super().send(*args, **kwargs)
-                return self.response
-
-        account = Rangeless()
-        account.put("/a", b"0123456789" * UNIT)
-        with account.storage(max_wait=0).open("a") as file:
-            file.seek(5 * UNIT)
-            with self.assertRaisesRegex(DropboxStorageException, "asked for bytes"):
-                file.read(10)
-            self.assertTrue(account.response.raw.closed)
-
-    def test_no_thread_or_connection_is_left_behind(self):
-        self.account.put("/big", self.big)
-        with self.storage.open("big") as file:
-            file.read(5 * UNIT)
-        with self.storage.open("big", "wb") as file:
-            file.write(self.big)
-        with self.assertRaises(ZeroDivisionError):
-            self.storage.save("new", Broken(self.big))
-        self.ends_its_threads()
-
-    def test_a_reader_goes_on_after_an_error_only_from_where_it_seeks_to(self):
-        """The buffer has lost what it held: reading on would skip that unseen."""
-        self.account.put("/big", b"0123456789abcde\n" * UNIT)
-        self.storage.max_wait = 0
-        stopped = "Reading '/big' has failed; seek() to where to continue."
-        for mode in ("rb", "r"):
-            expected = "0123456789abcde\n" if mode == "r" else b"0123456789abcde\n"
-            with self.storage.open("big", mode) as file:
-                file.read(5)
-                self.account.fail("files/download", "truncate", nth=2, times=99)
-                with self.assertRaises(DropboxStorageException):
-                    file.read()
-                self.account.faults.clear()
-                if mode == "r":  # the text that was decoded before is not lost
-                    self.assertEqual(file.readline(), expected[5:])
-                for go_on in (file.read, file.tell, lambda: file.read(9 * UNIT)):
-                    with self.raises(DropboxStorageException, stopped):
-                        go_on()
-                with self.assertRaises(
-                    (DropboxStorageException, io.UnsupportedOperation)
-                ):
-                    file.seek(0, io.SEEK_CUR)
-                self.assertEqual(file.seek(16), 16)
-                self.assertEqual(file.read(16), expected)
-                self.assertEqual(file.seek(0), 0)
-                self.assertTrue(file.read() == expected * UNIT)
-
-    def test_an_interrupted_read_does_not_skip_either(self):
-        class Interrupted(io.BytesIO):
-            def read(self, *args):
-                if self.tell() > 5 * module.READ_SIZE:
-                    raise KeyboardInterrupt
-                return super().read(*args)
-
-        data = self.big[: 8 * UNIT]
-        self.account.put("/big", data)
-        self.account.body = Interrupted
-        with self.storage.open("big") as file:
-            with self.assertRaises(KeyboardInterrupt):
-                file.read()
-            self.account.body = io.BytesIO
-            with self.assertRaises(DropboxStorageException):
-                file.read()
-            file.seek(3)
-            self.assertTrue(file.read() == data[3:])
 
     def test_an_exception_around_a_field_file_drops_what_was_written(self):
         """A FieldFile's with block calls close() and says nothing of the exception."""
@@ -5014,13 +3700,6 @@ class FileTests(StorageTestCase):
         with self.storage.open(pathlib.PurePosixPath("a.txt")) as file:
             self.assertEqual((file.name, type(file.name)), ("a.txt", str))
 
-    def test_an_unknown_whence_is_an_error(self):
-        with self.storage.open("a.txt") as file:
-            for whence in (3, -1, 9):
-                with self.assertRaises((OSError, ValueError)):
-                    file.seek(0, whence)
-            self.assertEqual(file.read(3), b"one")
-
     def test_the_size_of_what_is_written(self):
         with self.storage.open("new", "w") as file:
             file.write("\xe9")
@@ -5035,121 +3714,6 @@ class FileTests(StorageTestCase):
             for start in random.Random(1).sample(range(len(data)), 300):
                 file.seek(start)
                 self.assertEqual(file.read(100), data[start : start + 100])
-
-    def test_a_block_is_requested_once_while_it_is_kept(self):
-        self.account.put("/big", self.big)
-        kept, block = module.KEPT_BLOCKS, module.READ_BLOCK
-        with self.storage.open("big") as file:
-            order = [
-                *range(0, 2 * kept, 2),
-                0,
-                4,
-                2,
-            ]  # even: none comes ahead of reading
-            for number in order * 3:
-                start = number * block + 7
-                file.seek(start)
-                self.assertEqual(file.read(9), self.big[start : start + 9])
-        blocks = len({number for number in order if number})
-        # Some come ahead where the next block was read by chance.
-        self.assertLessEqual(self.account.calls["files/download"], 1 + blocks + 2)
-
-    def test_a_reader_who_jumps_requests_one_block_and_one_who_goes_on_more(self):
-        self.account.put("/big", self.big)
-        with self.storage.open("big") as file:
-            with self.costs("files/download"):
-                file.seek(10 * UNIT + 1)
-                file.read(9)
-            for block, requests_until_then in ((6, 4), (7, 7), (8, 7)):
-                file.seek(2 * block * UNIT + 1)
-                file.read(9)
-                self.ends_its_threads()
-                # Two blocks after the first, then four, then as many as there are left.
-                self.assertEqual(
-                    self.account.calls["files/download"], requests_until_then
-                )
-
-    def test_a_reader_who_jumps_moves_no_byte_twice(self):
-        big = noise(80 * UNIT, 12)
-        self.account.put("/big", big)
-        numbers = [*range(40)] * 3
-        random.Random(5).shuffle(numbers)
-        with self.storage.open("big") as file:
-            for number in numbers:
-                start = 2 * UNIT * number
-                file.seek(start)
-                self.assertTrue(file.read(UNIT) == big[start : start + UNIT])
-            file.seek(0)
-            self.assertTrue(file.read() == big)
-        self.assertLessEqual(self.account.calls["files/download"], 40)
-
-    def test_where_the_disk_fails_blocks_are_requested_again(self):
-        big = noise(80 * UNIT, 12)
-        self.account.put("/big", big)
-
-        class Full(io.BytesIO):
-            def write(self, data):
-                raise OSError(errno.ENOSPC, "full")
-
-        class Short(io.BytesIO):
-            def write(self, data):
-                return super().write(data[:-1])
-
-        class Forgetful(io.BytesIO):
-            def readinto(self, data):
-                raise OSError(errno.EIO, "lost")
-
-        missing = FileNotFoundError("no such folder")
-        for result in (
-            lambda **_: Full(),
-            lambda **_: Short(),
-            lambda **_: Forgetful(),
-            missing,
-        ):
-            with unittest.mock.patch.object(
-                tempfile, "TemporaryFile", side_effect=result
-            ):
-                with self.storage.open("big") as file:
-                    for number in (*range(0, 40, 3), *range(0, 40, 3)):
-                        start = 2 * UNIT * number
-                        file.seek(start)
-                        self.assertTrue(file.read(UNIT) == big[start : start + UNIT])
-
-    def test_who_reads_in_order_writes_nothing_to_disk(self):
-        big = noise(80 * UNIT, 12)
-        self.account.put("/big", big)
-        for first in (0, 77 * UNIT, 40 * UNIT):
-            with unittest.mock.patch.object(tempfile, "TemporaryFile") as made:
-                with self.storage.open("big") as file:
-                    file.seek(first)
-                    self.assertTrue(file.read(9) == big[first : first + 9])
-                    file.seek(0)
-                    self.assertTrue(file.read() == big)
-            made.assert_not_called()
-
-    def test_a_block_that_failed_before_it_was_needed_is_requested_again(self):
-        self.account.put("/big", self.big)
-        self.storage.max_wait = 0
-        with self.storage.open("big") as file:
-            file.read(4 * UNIT)
-            self.ends_its_threads()
-            with self.failing("files/download", "503", times=9):
-                head = file.read(UNIT)  # this block is there; one more is requested
-                self.ends_its_threads()
-            self.assertTrue(head + file.read() == self.big[4 * UNIT :])
-
-    def test_the_first_block_is_like_the_others_after_an_error(self):
-        self.account.put("/big", self.big)
-        self.storage.max_wait = 0
-        with self.storage.open("big") as file:
-            with self.failing("files/download", "truncate", times=9):
-                file.seek(10 * UNIT)
-                with self.assertRaises(DropboxStorageException):
-                    file.read(1)
-            file.seek(0)
-            self.assertTrue(file.read() == self.big)
-            file.seek(0)
-            self.assertTrue(file.read(9) == self.big[:9])
 
     def test_a_closed_file_sends_nothing(self):
         self.account.put("/big", self.big)
@@ -5173,94 +3737,6 @@ class FileTests(StorageTestCase):
                 ):
                     with self.assertRaises(ValueError):
                         act()
-
-    def test_a_hash_that_differs_lets_all_be_requested_again(self):
-        self.account.put("/a", b"12345")
-        with self.failing("files/download", "corrupt"):
-            file = self.storage.open("a")
-        with self.assertRaises(DropboxStorageException):
-            file.read()
-        file.seek(0)
-        self.assertEqual(file.read(), b"12345")
-        file.close()
-
-    def test_every_response_is_closed_without_the_garbage_collector(self):
-        responses, kept = [], []
-
-        class Recording(FakeAccount):
-            def send(self, *args, **kwargs):
-                responses.append(super().send(*args, **kwargs))
-                return responses[-1]
-
-        account = Recording()
-        account.put("/big", self.big)
-        account.put("/small", b"x" * 300)
-        storage = account.storage()
-        gc.disable()
-        self.addCleanup(gc.enable)
-        for name in ("big", "small"):
-            for use in (
-                lambda file: None,
-                lambda file: file.size,
-                lambda file: (file.seek(9), file.read(1)),
-            ):
-                with storage.open(name) as file:
-                    use(file)
-                kept.append(file)
-        self.ends_its_threads()
-        for response in responses:
-            self.assertTrue(response.raw.closed or not response.raw.length_remaining)
-
-    def test_a_response_with_little_left_is_read_to_its_end(self):
-        class Recording(FakeAccount):
-            bodies = []
-
-            def send(self, *args, **kwargs):
-                response = super().send(*args, **kwargs)
-                self.bodies.append(response.raw)
-                return response
-
-        account = Recording()
-        storage = account.storage()
-        for size, is_read in ((UNIT, True), (1400, True), (2000, False)):
-            account.put("/a", noise(size))
-            with storage.open("a") as file:
-                file.read(1)
-            self.ends_its_threads()
-            self.assertEqual(account.bodies[-1].length_remaining == 0, is_read)
-            # A forked process shares the connection with its parent.
-            file = storage.open("a")
-            file.read(1)
-            left = account.bodies[-1].length_remaining
-            with unittest.mock.patch.object(os, "getpid", lambda: 1):
-                file.close()
-            self.ends_its_threads()
-            self.assertEqual(account.bodies[-1].length_remaining, left)
-            file = storage.open("a")
-            file.read(1)
-            del file  # a finalizer starts no thread
-            gc.collect()
-            self.assertTrue(account.bodies[-1].closed)
-
-    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
-    def test_a_reader_in_a_forked_process_says_so(self):
-        self.account.put("/big", self.big)
-        file = self.storage.open("big")
-        file.read(3 * UNIT)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
-            child = os.fork()
-        if not child:
-            status = 1
-            try:
-                file.read(9 * UNIT)
-            except DropboxStorageException as error:
-                status = 0 if "another process" in str(error) else 2
-            finally:
-                os._exit(status)
-        self.assertEqual(os.waitpid(child, 0)[1], 0)
-        self.assertTrue(file.read() == self.big[3 * UNIT :])
-        file.close()
 
 
 # serve()
