@@ -1150,8 +1150,11 @@ class StallingAccount(FakeAccount):
         return super().answer(route, *args)
 
 
+# -- The tests themselves: how they are kept apart, and what several use ---------------
+
+
 class IsolationTests(unittest.TestCase):
-    def test_what_is_not_mounted_on_an_account_fails_at_once_and_says_so(self):
+    def test_a_storage_without_an_account_reaches_no_network(self):
         storage, attempts = DropboxStorage("token"), len(network.attempts)
         for act in (
             lambda: storage.exists("a"),
@@ -1244,16 +1247,7 @@ OPERATIONS = {
     "delete a folder": ({}, lambda storage: storage.delete("dir")),
     "link": ({}, lambda storage: storage.url("a")[:30]),
 }
-TRANSIENT = (
-    "500",
-    "500_empty",
-    "502",
-    "503",
-    "503_later",
-    "429",
-    "429_text",
-    "429_new",
-)
+TRANSIENT = tuple("500 500_empty 502 503 503_later 429 429_text 429_new".split())
 TRANSIENT += ("too_many_writes", "reset", "reset_after", "503_after", "stall", "tls")
 TRANSIENT += ("html", "garbage", "timeout", "expired_token")
 CORE = ("503", "503_after", "reset_after", "429", "stall", "expired_token")
@@ -1334,120 +1328,7 @@ def raised_by(name, error):
     return names["fail"]
 
 
-# What an error means
-
-
-class ErrorTests(StorageTestCase):
-    def test_permanent_failures_say_what_to_do(self):
-        for kind, told in TOLD.items():
-            route = "files/get_metadata"
-            message = f"{route} of '/a' failed: {told}."
-            with self.subTest(kind), self.costs(route), self.failing(route, kind):
-                with self.raises(DropboxStorageException, message) as caught:
-                    self.storage.exists("a")
-                error = caught.exception
-                self.assertTrue(told.startswith(error.reason), error.reason)
-                self.assertFalse(error.temporary)
-                self.assertIsInstance(error.__cause__, dropbox.exceptions.HttpError)
-                self.assertRegex(error.__cause__.request_id, "^[0-9a-f]+$")
-
-    def test_hints_fit_the_request(self):
-        for act, route, kind, hint in (
-            (lambda: self.save("a"), "files/upload", "/path/too_many_files",
-             "the folder is full; save into several folders"),
-            (lambda: self.storage.delete("a"), "files/delete_v2", "/too_many_files",
-             "the folder is too large; delete its files in several steps"),
-            (lambda: self.save("a", HUGE), "files/upload_session/append_v2",
-             "/payload_too_large", "set a smaller CHUNK_SIZE"),
-        ):  # fmt: skip
-            reason = "path/too_many_files" if "path" in kind else kind[1:]
-            path = "/a"
-            message = f"{route} of {path!r} failed: {reason} ({hint})."
-            with self.failing(route, kind, times=9):
-                with self.raises(DropboxStorageException, message):
-                    act()
-
-    def test_what_dropbox_says_to_the_user_is_shown(self):
-        said = {"user_message": {"text": "Ask\nyour\x1b[31m admin.", "locale": "en"}}
-        self.account.refused = refusal(409, "path/other", **said)
-        told = "path/other Ask your [31m admin."
-        message = f"files/get_metadata of '/a' failed: {told}."
-        with self.raises(DropboxStorageException, message):
-            self.storage.exists("a")
-
-    def test_refusals_of_odd_shapes(self):
-        for body, told in {
-            "null": "HTTP 400 null",
-            "7": "HTTP 400 7",
-            '"text"': 'HTTP 400 "text"',
-            '{"error_summary": 7}': 'HTTP 400 {"error_summary": 7}',
-            '{"error_summary": ".."}': 'HTTP 400 {"error_summary": ".."}',
-            '{"error": {".tag": "x"}}': 'HTTP 400 {"error": {".tag": "x"}}',
-            '{"error": "x", "error_description": "y"}': "x y",
-            "a\x00b\u202ec": "HTTP 400 a b c",
-            "word" * 1000: f"HTTP 400 {'word' * 1000}"[:500],
-        }.items():
-            self.account.refused = Refused(400, body)
-            message = f"files/get_metadata of '/a' failed: {told}."
-            with self.subTest(body[:30]), self.raises(DropboxStorageException, message):
-                self.storage.exists("a")
-
-    def test_what_python_has_a_name_for(self):
-        self.account.put("/dir/a")
-        for act, error, path in (
-            (lambda: self.storage.open("missing"), FileNotFoundError, "/missing"),
-            (lambda: self.storage.size("missing"), FileNotFoundError, "/missing"),
-            (lambda: self.storage.open("dir"), IsADirectoryError, "/dir"),
-            (lambda: self.storage.listdir("dir/a"), NotADirectoryError, "/dir/a"),
-            (lambda: self.save("dir/a/b"), NotADirectoryError, "/dir/a/b"),
-        ):
-            with self.assertRaises(error) as caught:
-                act()
-            self.assertEqual(caught.exception.filename, path)
-            cause = caught.exception.__cause__
-            self.assertIsInstance(cause, dropbox.exceptions.HttpError)
-
-    def test_the_exception_is_no_oserror_and_keeps_its_reason(self):
-        self.assertFalse(issubclass(DropboxStorageException, OSError))
-        self.assertFalse(DropboxStorageException("text").temporary)
-        error = DropboxStorageException("text", "reason", temporary=True)
-        error = pickle.loads(pickle.dumps(error))
-        found = (str(error), error.reason, error.temporary)
-        self.assertEqual(found, ("text", "reason", True))
-
-    def test_reasons_may_have_more_words_at_their_end(self):
-        for reason, error in {
-            "path/not_found/deleted": FileNotFoundError,
-            "path_lookup/not_found/more": FileNotFoundError,
-            "path/not_file/more": IsADirectoryError,
-            "path/not_folder/more": NotADirectoryError,
-            "path/conflict/folder/more": IsADirectoryError,
-            "path/conflict/file_ancestor/more": NotADirectoryError,
-            "path/conflict/file/more": FileExistsError,
-            "path/conflict/file_new": DropboxStorageException,
-            "lookup_failed/not_found": DropboxStorageException,
-            "path/not_found_there": DropboxStorageException,
-            "xpath/not_found": DropboxStorageException,
-        }.items():
-            with self.subTest(reason), self.failing("*", f"/{reason}"):
-                with self.assertRaises((OSError, DropboxStorageException)) as caught:
-                    self.storage.size("a")
-                self.assertIs(type(caught.exception), error)
-        self.account.put("/a", b"12345")
-        for reason in (
-            "too_many_write_operations/more",
-            "path/too_many_write_operations/x",
-        ):
-            with self.failing("*", f"/{reason}"):
-                self.assertEqual(self.storage.size("a"), 5)
-
-    def test_names_that_dropbox_refuses(self):
-        for name in ("a\x7fb", "a\\b\x7f"):
-            with self.assertRaisesRegex(DropboxStorageException, "DEL"):
-                self.storage._save(name, ContentFile(b"x"))
-
-
-# The options
+# -- Options ---------------------------------------------------------------------------
 
 
 class OptionTests(StorageTestCase):
@@ -1476,14 +1357,11 @@ class OptionTests(StorageTestCase):
             with self.subTest(option):
                 subclass = type("Subclass", (DropboxStorage,), {option: first})
                 self.assertEqual(getattr(DropboxStorage(), option), default)
-                with self.settings_changed(setting, second):
+                with override_settings(**{setting: second}):
                     self.assertEqual(getattr(DropboxStorage(), option), second)
                     self.assertEqual(getattr(subclass(), option), first)
                     argument = subclass(**{option: second})
                     self.assertEqual(getattr(argument, option), second)
-
-    def settings_changed(self, setting, value):
-        return override_settings(**{setting: value})
 
     def test_settings_are_read_when_they_are_used(self):
         storage = DropboxStorage()
@@ -1552,7 +1430,7 @@ class OptionTests(StorageTestCase):
                 with self.raises(ImproperlyConfigured, message):
                     DropboxStorage(**{name: value})
 
-    def test_what_is_empty_is_not_set(self):
+    def test_empty_credentials_count_as_not_set(self):
         """As unset environment variables are."""
         storage = DropboxStorage(**dict.fromkeys(module.CREDENTIALS, ""), base_url="")
         with self.assertRaisesRegex(ImproperlyConfigured, "not set"):
@@ -1648,23 +1526,6 @@ class OptionTests(StorageTestCase):
                         DropboxStorage()
                 with self.raises(ImproperlyConfigured, message):
                     type("Media", (DropboxStorage,), {option: value})()
-
-    def test_the_private_parts_of_the_sdk_that_are_used(self):
-        """A new SDK that lacks one of them is named here."""
-        client = FakeDropbox()
-        text = pathlib.Path(module.__file__).read_text(encoding="utf-8")
-        private = {f"_{name}" for name in module.CREDENTIALS}
-        private |= {
-            "_oauth2_access_token_expiration",
-            "_headers",
-            "_session",
-            "_timeout",
-        }
-        for name in private:
-            self.assertTrue(hasattr(client, name), name)
-        found = set(re.findall(r"\b(?:client|request)\.(_\w+)", text))
-        self.assertLessEqual(found, private)
-        self.assertTrue(hasattr(client, "check_and_refresh_access_token"))
 
 
 class CallableStorage(DropboxStorage):
@@ -1893,7 +1754,7 @@ class ConfigurationTests(StorageTestCase):
                 CallableStorage().delete("a")
 
 
-# Saving
+# -- The storage: saving, looking, names -----------------------------------------------
 
 
 class SavingTests(StorageTestCase):
@@ -2037,7 +1898,7 @@ class SavingTests(StorageTestCase):
                 saved, f"mine-{name}" if "available_name" in name else name
             )
 
-    def test_what_is_saved_on_a_copy_leaves_no_trace(self):
+    def test_saving_leaves_no_state_in_the_storage(self):
         before = vars(self.storage).copy()
         self.storage.save("a", ContentFile(b"x"), max_length=100)
         self.assertEqual(vars(self.storage), before)
@@ -2201,7 +2062,7 @@ class LookingTests(StorageTestCase):
         self.assertIsNone(naive.tzinfo)
         self.assertEqual(naive.timestamp(), aware.timestamp())
 
-    def test_what_dropbox_does_not_know_is_not_implemented(self):
+    def test_unsupported_methods_raise_not_implemented(self):
         for method in ("path", "get_accessed_time", "get_created_time"):
             with self.assertRaises(NotImplementedError):
                 getattr(self.storage, method)("a.txt")
@@ -2228,41 +2089,6 @@ class LookingTests(StorageTestCase):
             with self.account.counting() as calls:
                 look()
             self.assertEqual(calls, {route: 1})
-
-    def test_a_listing_that_expires_begins_again(self):
-        self.account.page_size = 3
-        for i in range(10):
-            self.account.put(f"/many/{i}")
-        names, route = [str(i) for i in range(10)], "files/list_folder/continue"
-        for page in (1, 2, 3):
-            with self.failing(route, "/reset", nth=page):
-                self.assertEqual(self.storage.listdir("many"), ([], names))
-        with self.refused(route, "/reset", times=99) as caught:
-            with self.costs(*["files/list_folder", route] * 2):
-                self.storage.listdir("many")
-        self.assertEqual(caught.exception.reason, "reset")
-
-    def test_a_listing_that_changes_between_its_pages(self):
-        """Later pages report what is gone, and what is new again."""
-
-        class Changing(FakeAccount):
-            def files_list_folder_continue(self, argument, body):
-                if "/many/9" not in self.files():
-                    self.put("/many/1", b"longer")
-                    self.put("/many/9")
-                    for path in ("/many/0", "/many/5", "/many/SUB"):
-                        self.files_delete_v2({"path": path}, b"")
-                    self.put("/many/5", b"again")
-                return super().files_list_folder_continue(argument, body)
-
-        for quirks in ((), ("no_paths",)):
-            account = Changing(page_size=3, quirks=quirks)
-            for i in range(6):
-                account.put(f"/many/{i}")
-                account.put(f"/many/Sub/deep/{i}")
-            folders, files = account.storage().listdir("many")
-            self.assertEqual(sorted(files), ["1", "2", "3", "4", "5", "9"])
-            self.assertEqual(folders, [])
 
     @unittest.skipUnless(HAS_STORAGES, "STORAGES came with Django 4.2")
     def test_collectstatic_asks_for_each_file_as_little_as_django_does(self):
@@ -2372,7 +2198,7 @@ class NameTests(StorageTestCase):
                 ):
                     storage.get_available_name(name)
 
-    def test_what_no_path_can_hold_is_refused_offline(self):
+    def test_nul_and_surrogates_are_refused_without_a_request(self):
         for name in ("a\0b", "a\udc80b", "a\0/../../b"):
             with self.assertRaisesRegex(SuspiciousFileOperation, "NUL or half"):
                 self.storage.exists(name)
@@ -2439,7 +2265,7 @@ class NameTests(StorageTestCase):
             self.assertTrue(saved.startswith(name[0]))
 
 
-# Links
+# -- Links -----------------------------------------------------------------------------
 
 
 class LinkTests(StorageTestCase):
@@ -2503,7 +2329,7 @@ class LinkTests(StorageTestCase):
         with override_settings(ROOT_URLCONF=(pattern,)):
             self.assertEqual(storage.url("a b.txt"), "/media/a%20b.txt")
 
-    def test_what_fails_drops_the_link_too(self):
+    def test_a_failed_save_or_delete_drops_the_link(self):
         """It may have been carried out."""
         storage = self.account.storage(write_mode="overwrite", max_wait=0)
         for route, act in {
@@ -2591,474 +2417,7 @@ class LinkTests(StorageTestCase):
             self.assertEqual(len(caches["links"]._cache), 0)
 
 
-# Requests
-
-
-class WaitingTests(StorageTestCase):
-    def test_what_lasts_is_reported_with_how_long_it_was_tried(self):
-        for kind in ("503", "429", "429_new", "reset", "html"):
-            with self.refused("files/get_metadata", kind, times=999) as caught:
-                self.storage.exists("a")
-            pattern = r"^files/get_metadata of '/a' failed \(\d\d attempts, \d\d s\): "
-            self.assertRegex(str(caught.exception), pattern)
-            self.assertTrue(caught.exception.temporary)
-
-    def test_the_pauses_grow_and_are_random(self):
-        storage = self.account.connect(DropboxStorage("valid-token", max_wait=None))
-        self.account.fail("files/get_metadata", "503", times=1100)
-        storage.exists("a")
-        pauses = self.clock.pauses
-        self.assertEqual(len(pauses), 1100)  # no number is too large
-        for pause, most in zip(pauses, (0.5, 1, 2, 4, 8, *[15] * 1095)):
-            self.assertTrue(most / 2 <= pause <= most, (pause, most))
-        self.assertGreater(len({*pauses}), 1090)
-
-    def test_max_wait_bounds_what_follows_the_first_failure(self):
-        for max_wait in (1, 60, 300):
-            storage = self.account.storage(max_wait=max_wait)
-            storage.FIRST_WAIT, begun = 0.5, self.clock.now
-            with self.refused("*", "503", times=9999):
-                storage.exists("a")
-            self.assertLess(self.clock.now - begun, max_wait)
-            self.assertGreater(self.clock.now - begun, max_wait - 15.5)
-
-    def test_time_that_attempts_take_counts(self):
-        def slow():
-            self.clock.now += 100
-
-        with self.refused("*", slow, times=99):
-            with self.costs("files/get_metadata", "files/get_metadata"):
-                self.account.storage(max_wait=150).exists("a")
-
-    def test_without_waiting_there_is_one_attempt(self):
-        for first_wait in (0, 0.5):
-            storage = self.account.storage(max_wait=0)
-            storage.FIRST_WAIT = first_wait
-            with self.refused("*", "503", times=99) as caught:
-                with self.costs("files/get_metadata"):
-                    storage.exists("a")
-            self.assertIn("failed (1 attempt, 0 s): HTTP 503", str(caught.exception))
-
-    def test_retry_after_goes_before_the_growing_pauses(self):
-        self.storage.FIRST_WAIT = 9
-        for kind in ("429", "429_text", "429_new", "too_many_writes", "503_later"):
-            for value in (1, 2.5):
-                with self.failing("files/get_metadata", kind, times=3, value=value):
-                    self.assertFalse(self.storage.exists("a"))
-                self.assertEqual(self.clock.pauses, [value] * 3)
-                self.clock.pauses.clear()
-        for value in ("soon", "-1", "nan", "Wed, 25 Nov 2026 12:00:00 GMT"):
-            with self.failing("files/get_metadata", "503_later", value=value):
-                self.assertFalse(self.storage.exists("a"))
-            self.assertTrue(4 < self.clock.pauses.pop() <= 9)
-
-    def test_a_pause_that_is_too_long_is_not_begun(self):
-        message = (
-            "files/get_metadata of '/a' failed (1 attempt, 0 s; Dropbox asks to wait 300 s, "
-            "max_wait is 60 s): too_many_requests."
-        )
-        with self.failing("*", "429", value=300):
-            with self.raises(DropboxStorageException, message) as caught:
-                self.storage.exists("a")
-        for error in (caught.exception, pickle.loads(pickle.dumps(caught.exception))):
-            self.assertEqual((error.temporary, error.retry_after), (True, 300))
-        self.assertEqual(self.clock.pauses, [])
-
-    def test_permanent_failures_are_not_repeated_without_a_pause_either(self):
-        self.storage.FIRST_WAIT = 0
-        with (
-            self.refused("*", "missing_scope", times=9),
-            self.costs("files/get_metadata"),
-        ):
-            self.storage.exists("a")
-
-    def test_an_assigned_client_does_not_repeat_calls_by_itself(self):
-        self.storage.client, self.storage.max_wait = FakeDropbox(self.account), 0
-        for kind in ("503", "429", "expired_token"):
-            with self.refused("*", kind, times=99), self.costs("files/get_metadata"):
-                self.storage.exists("a")
-
-    def test_an_expired_token_is_no_wait(self):
-        storage = self.account.storage(**REFRESHING, max_wait=0)
-        storage.exists("a")
-        self.account.expire_tokens()
-        self.assertFalse(storage.exists("a"))
-        self.assertEqual(self.clock.pauses, [0])
-        with self.refused("files/get_metadata", "expired_token", times=2) as caught:
-            storage.exists("a")
-        self.assertTrue(caught.exception.temporary)
-
-    def test_each_repetition_is_a_line_in_the_log(self):
-        for kind, reason in {
-            "503": "HTTP 503",
-            "429": "too_many_requests, Dropbox asks to wait 2 s",
-            "reset": "ConnectionError",
-            "stall": "ReadTimeout",
-            "html": "HTTP 502",
-            "garbage": "AssertionError" if __debug__ else "JSONDecodeError",
-        }.items():
-            start = "dropbox_storage:files/get_metadata of '/a' failed at attempt"
-            with self.failing("files/get_metadata", kind, times=3, value=2):
-                lines = self.logs(lambda: self.storage.exists("a"))
-            end = f"{reason}. Next attempt in N s."
-            levels = ("INFO", "WARNING", "WARNING")
-            expected = [
-                f"{level}:{start} {n}: {end}" for n, level in enumerate(levels, 1)
-            ]
-            self.assertEqual(lines, expected)
-        self.account.put("/a", bytes(UNIT))
-        with self.failing("files/download", "truncate"):
-            lines = self.logs(lambda: self.read("a"))
-        self.assertRegex(
-            lines[0], "INFO:.*files/download of '/a' failed at attempt 1: "
-        )
-
-    def test_the_last_failure_is_a_warning(self):
-        with self.failing("*", "503", times=999):
-            lines = self.logs(lambda: self.storage.exists("a"), "WARNING")
-        self.assertRegex(
-            lines[-1],
-            r"^WARNING:.*:Gave up: .*'/a' failed \(\d+ attempts, \d+ s\): HTTP",
-        )
-
-    def test_what_an_owner_can_mend_is_one_error_with_a_template_of_its_own(self):
-        for kind, template in {
-            "invalid_token": "invalid_access_token: %s",
-            "expired_token": "expired_access_token: %s",
-            "missing_scope": "missing_scope: %s",
-            "app_scope": "required scope: %s",
-            "suspended": "user_suspended: %s",
-            "select_user": "invalid_select_user: %s",
-            "account_type": "invalid_account_type: %s",
-            "no_permission": "no_permission: %s",
-            "/path/insufficient_space": "insufficient_space: %s",
-            "/path/no_write_permission": "no_write_permission: %s",
-        }.items():
-            with self.subTest(kind), self.failing("*", kind, times=9):
-                with self.assertLogs("dropbox_storage", "INFO") as logs:
-                    with self.assertRaises(DropboxStorageException) as caught:
-                        self.storage.exists("a")
-            (record,) = logs.records
-            self.assertEqual((record.levelname, record.msg), ("ERROR", template))
-            self.assertEqual(record.args, (caught.exception,))
-        storage = self.account.storage(**REFRESHING, max_wait=0)
-        with self.failing("files/get_metadata", "expired_token", times=9):
-            lines = self.logs(lambda: storage.exists("a"), "INFO")
-        self.assertTrue(lines[-1].startswith("WARNING:"))  # it is renewed by itself
-        with self.failing("*", "bad_input"):
-            lines = self.logs(lambda: self.storage.exists("a"), "DEBUG")
-        self.assertEqual(len(lines), 1)  # the call itself
-
-    def test_each_request_is_a_line_for_debugging_with_its_time(self):
-        storage = self.account.storage(**REFRESHING)
-        debug = "DEBUG:dropbox_storage:"
-        lines = self.logs(lambda: storage.exists("b"), "DEBUG")
-        expected = [f"{debug}/oauth2/token: HTTP 200 in N s."]
-        expected.append(f"{debug}/2/files/get_metadata: HTTP 409 in N s.")
-        self.assertEqual(lines, expected)
-
-
-class TokenTests(StorageTestCase):
-    def setUp(self):
-        super().setUp()
-        self.storage = self.account.storage(**REFRESHING)
-
-    def test_threads_refresh_once(self):
-        token = self.account.token
-
-        def slow(form):  # so that all threads wait for the first one
-            time.sleep(0.1)
-            return token(form)
-
-        self.account.token = slow
-        for _ in range(2):
-            with self.account.counting() as calls, ThreadPoolExecutor(8) as pool:
-                for saved in pool.map(self.save, map(str, range(8))):
-                    self.assertTrue(saved)
-            self.assertEqual(calls["oauth2/token"], 1)
-            self.account.expire_tokens()
-
-    def test_a_token_that_expires_in_the_middle_is_refreshed_once(self):
-        self.account.fail(
-            "files/upload_session/append_v2", "expired_token", nth=2, times=2
-        )
-        data = noise(30 * UNIT, 5)
-        self.save("a", data)
-        self.assertTrue(self.account.files()["/a"] == data)
-        self.account.expire_tokens()
-        with self.account.counting() as calls, self.storage.open("a") as file:
-            self.assertTrue(file.read() == data)
-        self.assertEqual(calls["oauth2/token"], 1)
-
-    def test_faults_of_the_token_endpoint_are_survived(self):
-        for fault in ("500", "503", "429", "429_text", "reset", "stall", "tls", "html"):
-            with self.subTest(fault):
-                storage = copy.deepcopy(self.storage)
-                self.account.connect(storage)
-                self.account.fail("oauth2/token", fault, times=3)
-                self.assertFalse(storage.exists("a"))
-                self.account.faults.clear()
-
-    def test_a_token_that_expires_while_none_can_be_had(self):
-        self.storage.exists("a")
-        self.account.expire_tokens()
-        self.account.fail("oauth2/token", "503", times=3)
-        with self.account.counting() as calls:
-            self.assertFalse(self.storage.exists("a"))
-        self.assertEqual(calls, {"files/get_metadata": 2, "oauth2/token": 4})
-
-    def test_a_token_that_hardly_lives_is_refreshed_once_a_call(self):
-        self.account.expires_in = 0
-        for _ in range(2):
-            with self.costs("oauth2/token", "files/get_metadata"):
-                self.storage.exists("a")
-
-    def test_a_short_lived_token_warns_once_and_its_expiry_is_explained(self):
-        self.account.tokens.add("sl.short")
-        advice = "'sl.' tokens live four hours; set oauth2_refresh_token"
-        storage = DropboxStorage("sl.short")
-        with self.assertLogs("dropbox_storage", "WARNING") as logs:
-            self.account.connect(storage)
-            storage.exists("a")
-            storage.exists("a")
-        output = [f"WARNING:dropbox_storage:oauth2_access_token: {advice}."]
-        self.assertEqual(logs.output, output)
-        self.account.expire_tokens()
-        with self.raises(
-            DropboxStorageException,
-            f"files/get_metadata of '/a' failed: expired_access_token ({advice}).",
-        ):
-            storage.exists("a")
-
-    def test_what_cannot_be_refreshed_says_why(self):
-        for option, value, told in (
-            ("oauth2_refresh_token", "revoked", "invalid_grant (oauth2_refresh_token is wrong, "
-             "revoked or of another app)."),
-            ("app_secret", "wrong", "invalid_client: bad app key or secret (app_key and "
-             "app_secret must be of the app that was authorized)."),
-        ):  # fmt: skip
-            storage = DropboxStorage(**{**REFRESHING, option: value})
-            message = f"files/get_metadata of '/a' failed: {told}"
-            with self.raises(DropboxStorageException, message):
-                self.account.connect(storage).exists("a")
-
-    def test_an_own_clients_token_is_refreshed_by_the_same_policy(self):
-        """The SDK would repeat each attempt up to four times, with pauses of its own."""
-        self.storage.client = client = FakeDropbox(self.account)
-        client._oauth2_refresh_token = "valid-refresh-token"
-        client._app_key, client._app_secret = "app-key", "app-secret"
-        self.storage.max_wait = 0
-        with self.refused("oauth2/token", "503", times=99), self.costs("oauth2/token"):
-            self.storage.exists("a")
-        with self.costs("oauth2/token", *["files/get_metadata"] * 3):
-            for _ in range(3):
-                self.assertFalse(self.storage.exists("a"))
-
-    def test_a_refused_token_is_renewed_once(self):
-        self.storage.exists("a")
-        for kind in ("invalid_token", "expired_token"):
-            renewed = ["files/get_metadata", "oauth2/token", "files/get_metadata"]
-            with self.failing("files/get_metadata", kind), self.costs(*renewed):
-                self.assertFalse(self.storage.exists("a"))
-            self.assertEqual(self.clock.pauses, [0])
-            self.clock.pauses.clear()
-        message = (
-            "files/get_metadata of '/a' failed: invalid_access_token (a token that Dropbox has "
-            "just given is refused; authorize the app again)."
-        )
-        with self.failing("files/get_metadata", "invalid_token", times=2):
-            with self.raises(DropboxStorageException, message):
-                self.storage.exists("a")
-
-    def test_after_a_revocation_it_says_so(self):
-        self.storage.exists("a")
-        self.account.tokens.clear()
-        self.account.refresh_tokens.clear()
-        message = (
-            "files/get_metadata of '/a' failed: invalid_grant (oauth2_refresh_token is wrong, "
-            "revoked or of another app)."
-        )
-        for _ in range(2):
-            with self.raises(DropboxStorageException, message):
-                self.storage.exists("a")
-
-    def test_a_401_for_another_reason_lets_the_next_request_refresh(self):
-        self.storage.exists("a")
-        with self.refused("files/get_metadata", "missing_scope"):
-            self.storage.exists("a")
-        with self.costs("oauth2/token", "files/get_metadata"):
-            self.storage.exists("a")
-
-    def test_a_token_is_taken_for_a_request_and_not_for_each_part_of_its_response(self):
-        self.account.put("/a", LARGE[: 8 * UNIT])
-        with self.storage.open("a") as file:
-            file.read(5)
-            self.storage.client._oauth2_access_token_expiration = None
-            with self.costs():
-                self.assertEqual(file.read(), LARGE[5 : 8 * UNIT])
-
-
-class FaultTests(StorageTestCase):
-    """One operation, one fault: at each of its routes, first and later, once and more."""
-
-    def run_one(self, operation, *faults):
-        """The account afterwards, the result or the exception, and the calls."""
-        options, act = OPERATIONS[operation]
-        cache.clear()
-        account = FakeAccount(page_size=2)
-        account.put("/a", b"old")
-        account.put("/huge", HUGE)
-        for i in range(5):
-            account.put(f"/dir/{i}")
-        for entry in account.entries.values():
-            entry.modified = "2024-07-01T12:00:00Z"
-        storage = account.storage(**REFRESHING, **options)
-        for fault in faults:
-            account.fail(*fault)
-        try:
-            result = act(storage)
-        except Exception as error:
-            result = error
-        return account, result, account.calls
-
-    def same(self, operation, account, expected):
-        files, kept = account.files(), expected.files()
-        if operation == "save a taken name":  # the other name is another one each time
-            files, kept = sorted(files.values()), sorted(kept.values())
-        self.assertTrue(files == kept, f"{[*account.files()]}")
-
-    def cells(self):
-        for operation in OPERATIONS:
-            account, result, clean = self.run_one(operation)
-            self.assertNotIsInstance(result, Exception)
-            for route, count in [*clean.items()]:
-                for nth in (1, count)[:count]:
-                    yield operation, account, result, clean, route, nth
-
-    def test_what_passes_is_survived(self):
-        for operation, expected, result, clean, route, nth in self.cells():
-            every = operation in ("save", "read", "exists", "save large")
-            faults = [*(TRANSIENT if every else CORE), BUSY.get(route)]
-            faults += ["corrupt"] * route.startswith("files/upload")
-            faults += ["truncate", "short"] * (route == "files/download")
-            cells = [(fault, 1) for fault in faults if fault]
-            for fault, times in [*cells, ("503", 3), ("reset_after", 3)]:
-                with self.subTest(f"{operation}: {route} {nth} {fault} x {times}"):
-                    fails = (route, fault, nth, times)
-                    account, found, calls = self.run_one(operation, fails)
-                    if isinstance(found, Exception):
-                        raise found
-                    self.assertEqual(found, result)
-                    self.same(operation, account, expected)
-                    left = len(account.sessions) - len(expected.sessions)
-                    self.assertLessEqual(left, times)
-                    more = sum(calls.values()) - sum(clean.values())
-                    self.assertLessEqual(more, 2 * times + 1)
-
-    def test_what_does_not_pass_is_reported_at_once(self):
-        for operation, _, _, clean, route, nth in self.cells():
-            for fault in (*PERMANENT, *ROUTE_REFUSALS.get(route, ())):
-                if route == "oauth2/token" and fault == "/brand_new":
-                    continue  # no route of the API, with no errors of its own
-                with self.subTest(f"{operation}: {route} {nth} {fault}"):
-                    fails = (route, fault, nth, 999)
-                    account, found, calls = self.run_one(operation, fails)
-                    self.assertIsInstance(found, DropboxStorageException)
-                    self.assertFalse(found.temporary)
-                    # Blocks that failed ahead of their reader are requested once more.
-                    more = 1 + 6 * (operation == "read huge")
-                    self.assertLessEqual(calls[route], clean[route] + more)
-                    self.assertEqual(account.files()["/a"], b"old")
-                    self.assertNotIn("/new", account.files())
-
-    def test_what_lasts_is_reported_with_nothing_lost(self):
-        for operation, _, _, _, route, nth in self.cells():
-            for fault in ("503", "reset"):
-                with self.subTest(f"{operation}: {route} {nth} {fault}"):
-                    fails = (route, fault, nth, 999)
-                    account, found, calls = self.run_one(operation, fails)
-                    self.assertIsInstance(found, DropboxStorageException)
-                    self.assertTrue(found.temporary)
-                    self.assertEqual(account.files()["/a"], b"old")
-                    self.assertNotIn("/new", account.files())
-
-    def test_nonsense_is_reported_with_nothing_lost(self):
-        """As a proxy or a broken server sends it, with status 200, at each request."""
-        nonsense = (
-            "null",
-            "[]",
-            "{}",
-            "7",
-            '{".tag": []}',
-            '{"name": null}',
-            "\xff",
-            "{",
-        )
-        for operation, _, _, _, route, nth in self.cells():
-            for text in nonsense:
-                headers = {"dropbox-api-result": text}
-                fault = answers(200, text.encode(), **headers)
-                with self.subTest(f"{operation}: {route} {nth} {text}"):
-                    account, found, _ = self.run_one(
-                        operation, (route, fault, nth, 999)
-                    )
-                    if isinstance(found, Exception):
-                        self.assertIsInstance(found, DropboxStorageException)
-                    self.assertEqual(account.files()["/a"], b"old")
-                    self.assertNotIn("/new", account.files())
-
-    def test_wrong_bytes_are_never_taken_for_the_file(self):
-        for operation in ("read", "read huge"):
-            for nth in (1, self.run_one(operation)[2]["files/download"]):
-                fails = ("files/download", "corrupt", nth)
-                found = self.run_one(operation, fails)[1]
-                self.assertIsInstance(found, DropboxStorageException)
-                self.assertEqual(found.reason, "content_hash_mismatch")
-                self.assertTrue(found.temporary)  # the next read may be right
-
-    def test_a_lost_commit_that_failed_is_not_taken_for_done(self):
-        """The response is lost, and then someone else's file is what is found."""
-        for size in (5, len(LARGE)):
-            self.new_account()
-            storage = self.account.storage(write_mode="update")
-            self.account.put("/a", b"old")
-            self.account.fail("files/upload", "reset")
-            self.account.fail("files/upload_session/finish", "reset")
-            theirs = lambda: self.account.put("/a", b"theirs")  # noqa: E731
-            with self.assertRaises(DropboxStorageException):
-                storage.save("a", Unsized(LARGE[:size], then=theirs))
-            self.holds({"a": b"theirs"})
-
-    def test_no_thread_is_left_behind(self):
-        for operation, _, _, _, route, nth in self.cells():
-            if operation in ("save large", "read huge"):
-                for fault in ("missing_scope", "503"):
-                    self.run_one(operation, (route, fault, nth, 999))
-        self.ends_its_threads()
-
-    def test_what_is_not_dropboxs_passes_through_at_once(self):
-        """As the time limits of task queues, which a signal raises: plain Exceptions."""
-
-        class TimeLimit(Exception):
-            pass
-
-        for operation, _, _, clean, route, nth in self.cells():
-            for error in (TimeLimit("of the queue"), TypeError("a bug")):
-
-                def interrupt(error=error):
-                    raise error
-
-                with self.subTest(f"{operation}: {route} {nth} {error}"):
-                    fails = (route, interrupt, nth, 999)
-                    account, found, calls = self.run_one(operation, fails)
-                    self.assertIs(found, error)
-                    # Blocks that failed ahead of their reader are requested once more.
-                    more = 6 * (operation == "read huge")
-                    self.assertLessEqual(calls[route], clean[route] + more)
-                    self.assertEqual(account.files()["/a"], b"old")
-
-
-# Files
+# -- Files -----------------------------------------------------------------------------
 
 
 class FileTests(StorageTestCase):
@@ -3167,21 +2526,6 @@ class FileTests(StorageTestCase):
                 file.write("late" if text else b"late")
             self.assertEqual(self.account.files(), {"/a.txt": b"new"})
 
-    def test_an_exception_in_the_block_drops_what_was_written(self):
-        for mode in ("w", "wb", "x", "xb"):
-            name = "a.txt" if "w" in mode else "b.txt"
-            before = self.account.files()
-            with self.assertRaises(ZeroDivisionError):
-                with self.storage.open(name, mode) as file:
-                    file.write("half" if "b" not in mode else b"half")
-                    raise ZeroDivisionError
-            self.assertTrue(file.closed)
-            file = self.storage.open(name, mode)  # and is never closed
-            file.write("half" if "b" not in mode else b"half")
-            del file
-            gc.collect()
-            self.assertEqual(self.account.files(), before)
-
     def test_writing_nothing_makes_an_empty_file(self):
         self.storage.open("empty", "wb").close()
         self.assertEqual(self.account.files()["/empty"], b"")
@@ -3231,63 +2575,6 @@ class FileTests(StorageTestCase):
         self.assertEqual(content, b"one\ntw\xc3\xb6\r\nthree")
         self.assertEqual(calls, {"files/download": 1})
 
-    def test_an_exception_around_a_field_file_drops_what_was_written(self):
-        """A FieldFile's with block calls close() and says nothing of the exception."""
-        field = models.FileField(storage=self.storage)
-        for mode, half in (("wb", b"half"), ("w", "half")):
-            with self.assertLogs("dropbox_storage", "WARNING") as logs:
-                with self.assertRaises(ZeroDivisionError):
-                    with FieldFile(None, field, "a.txt").open(mode) as file:
-                        file.write(half)
-                        raise ZeroDivisionError
-            self.assertEqual(
-                self.account.files()["/a.txt"], b"one\ntw\xc3\xb6\r\nthree"
-            )
-            text = "'a.txt' is not saved: an exception came first."
-            self.assertEqual(logs.output, [f"WARNING:dropbox_storage:{text}"])
-        file = FieldFile(None, field, "a.txt").open("wb")
-        file.write(b"half")
-        with self.assertRaises(ZeroDivisionError):
-            try:
-                raise ZeroDivisionError
-            finally:
-                file.close()
-        self.assertEqual(self.account.files()["/a.txt"], b"one\ntw\xc3\xb6\r\nthree")
-
-    def test_writing_while_another_exception_is_handled(self):
-        field = models.FileField(storage=self.storage)
-
-        def write(content, file):
-            with file:
-                file.write(content)
-
-        try:
-            raise ZeroDivisionError
-        except ZeroDivisionError:
-            write(b"1", FieldFile(None, field, "a.txt").open("wb"))
-            self.assertEqual(self.account.files()["/a.txt"], b"1")
-            write(b"2", self.storage.open("a.txt", "wb"))
-            self.assertEqual(self.account.files()["/a.txt"], b"2")
-            later = self.storage.open("a.txt", "wb")
-        later.write(b"3")
-        later.close()
-        self.assertEqual(self.account.files()["/a.txt"], b"3")
-        earlier = self.storage.open("a.txt", "wb")
-        try:
-            raise ZeroDivisionError
-        except ZeroDivisionError:
-            write(b"4", earlier)  # whose with block has seen no exception
-        self.assertEqual(self.account.files()["/a.txt"], b"4")
-
-    def test_an_exit_stack_that_ends_in_an_exception_drops_what_was_written(self):
-        def fail():
-            raise ZeroDivisionError
-
-        with self.assertRaises(ZeroDivisionError), contextlib.ExitStack() as stack:
-            stack.enter_context(self.storage.open("a.txt", "wb")).write(b"half")
-            stack.callback(fail)
-        self.assertEqual(self.account.files()["/a.txt"], b"one\ntw\xc3\xb6\r\nthree")
-
     def test_opening_in_another_mode_ends_the_one_before(self):
         file = self.storage.open("a.txt", "wb")
         file.write(b"written")
@@ -3296,15 +2583,6 @@ class FileTests(StorageTestCase):
         self.assertEqual(self.account.files()["/a.txt"], b"written")
         file.close()
         self.assertEqual(self.account.files()["/a.txt"], b"again")
-
-    def test_text_that_is_dropped_is_not_sent_either(self):
-        file = self.storage.open("a.txt", "w")
-        file.write("x" * 2 * self.storage.CHUNK_SIZE)
-        with self.account.counting() as calls:
-            with self.assertRaises(ZeroDivisionError), file:
-                file.write("more")
-                raise ZeroDivisionError
-        self.assertFalse(calls)
 
     def test_update_mode_holds_for_open_too(self):
         storage = self.account.storage(write_mode="update")
@@ -3366,20 +2644,7 @@ class FileTests(StorageTestCase):
             return self.account.files()["/f"], results
 
     def test_other_modes_are_refused(self):
-        for mode in (
-            "",
-            "U",
-            "rU",
-            "rw",
-            "r+w",
-            "rr",
-            "bt",
-            "r++",
-            "rbt",
-            "z",
-            "+",
-            "b",
-        ):
+        for mode in ("", *"U rU rw r+w rr bt r++ rbt z + b".split()):
             message = f"{mode!r} is not a mode of open(), such as 'rb'."
             with self.raises(ValueError, message):
                 self.storage.open("a.txt", mode)
@@ -3424,128 +2689,12 @@ class FileTests(StorageTestCase):
             wrapper.detach()
         self.assertEqual(self.account.files()["/new"].decode("utf-16"), "ab")
 
-    def test_wrappers_may_close_the_inner_file_first(self):
-        def text(file):
-            with io.TextIOWrapper(file.file, "utf-8") as wrapper:
-                wrapper.write("content")
-
-        def detached(file):
-            wrapper = io.TextIOWrapper(file.file, "utf-8")
-            wrapper.write("content")
-            wrapper.detach()
-
-        def collected(file):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)
-                wrapper = io.TextIOWrapper(file.file, newline="")
-                csv.writer(wrapper).writerow(["content"])
-                del wrapper
-                gc.collect()
-
-        def inner(file):
-            with file.file as other:
-                other.write(b"content")
-
-        def buffered(file):
-            with io.BufferedWriter(file.file.raw) as other:
-                other.write(b"content")
-
-        def packed(file):
-            with gzip.GzipFile(fileobj=file.file, mode="w") as other:
-                other.write(b"content")
-            file.file.close()
-
-        leave = {
-            "with": lambda file: file.__exit__(None, None, None),
-            "close": lambda file: file.close(),
-            "open": lambda file: file.open("rb").close(),
-        }
-        for write, mode, way in itertools.product(
-            (text, detached, collected, inner, buffered, packed),
-            ("wb", "w+b", "xb", "r+b", "ab"),
-            leave,
-        ):
-            self.account.entries.clear()
-            if mode in ("r+b", "ab"):
-                self.account.put("/a")
-            with self.subTest(write=write.__name__, mode=mode, leave=way):
-                file = self.storage.open("a", mode)
-                write(file)
-                leave[way](file)
-                content = self.account.files()["/a"]
-                if write is packed:
-                    content = gzip.decompress(content)
-                self.assertEqual(content.rstrip(), b"content")
-
-    def test_a_wrapper_that_closes_the_inner_file_after_an_exception_saves_nothing(
-        self,
-    ):
-        before = self.account.files()
-        with self.assertRaises(ZeroDivisionError):
-            with self.storage.open("a.txt", "wb") as file:
-                with io.TextIOWrapper(file.file) as wrapper:
-                    wrapper.write("half")
-                    raise ZeroDivisionError
-        self.assertEqual(self.account.files(), before)
-
-    def test_discarding_saves_nothing_and_logs_nothing(self):
-        before = self.account.files()
-        for mode in ("wb", "w", "xb", "r+b", "a", "rb", "r"):
-            name = "new" if "x" in mode else "a.txt"
-            with self.assertNoLogs():
-                file = self.storage.open(name, mode)
-                if file.writable():
-                    file.write("half" if "b" not in mode else b"half")
-                thread = threading.Thread(target=file.discard)
-                thread.start()
-                thread.join()
-                self.assertTrue(file.closed)
-                file.close()
-                file.discard()
-                del file
-            self.assertEqual(self.account.files(), before)
-        with self.storage.open("a.txt", "wb") as file:
-            file.write(b"half")
-            file.discard()
-        self.assertEqual(self.account.files(), before)
-
     def assertNoLogs(self, *args):
         """As unittest has it since Python 3.10."""
         refuse = unittest.mock.Mock(side_effect=AssertionError("logged"))
         return unittest.mock.patch.object(module.logger, "warning", refuse)
 
-    def test_the_exceptions_that_were_there_at_the_opening_do_not_matter(self):
-        for saved, close in (
-            (True, lambda file: file.close()),
-            (False, lambda file: self.close_in_handler(file)),
-        ):
-            for depth in range(4):
-                self.account.put("/a.txt", b"old")
-                file = self.open_in_handlers(depth, close)
-                self.assertTrue(file.closed)
-                expected = b"new" if saved else b"old"
-                self.assertEqual(self.account.files()["/a.txt"], expected)
-
-    def open_in_handlers(self, depth, close, opened=None):
-        """Open inside nested handlers, and close in the outermost one."""
-        try:
-            raise KeyError(depth)
-        except KeyError:
-            if depth:
-                file = self.open_in_handlers(depth - 1, lambda file: None)
-            else:
-                file = self.storage.open("a.txt", "wb")
-                file.write(b"new")
-            close(file)
-            return file
-
-    def close_in_handler(self, file):
-        try:
-            raise ValueError("since the opening")
-        except ValueError:
-            file.close()
-
-    def test_what_changes_nothing_sends_nothing(self):
+    def test_unchanged_files_are_not_uploaded(self):
         for content in (b"", b"old", HUGE):
             self.account.put("/a.txt", content)
             for mode in ("r+b", "ab", "a+b", "r+", "a"):
@@ -3593,17 +2742,6 @@ class FileTests(StorageTestCase):
             self.assertEqual(file.mode, "r+b")
             file.close()
 
-    def test_the_size_of_what_was_discarded(self):
-        for leave in ("discard", "raise"):
-            file = self.storage.open("a.txt", "wb")
-            file.write(b"1234567")
-            if leave == "discard":
-                file.discard()
-            else:
-                with contextlib.suppress(ZeroDivisionError), file:
-                    raise ZeroDivisionError
-            self.assertEqual(file.size, 7)
-
     def test_a_reopening_that_fails_leaves_a_closed_file(self):
         self.account.put("/big", self.big)
         self.storage.max_wait = 0
@@ -3626,53 +2764,6 @@ class FileTests(StorageTestCase):
         with self.assertRaises(ValueError):
             file.open("nonsense")
         self.assertEqual((file.mode, file.closed, file.read(1)), ("rb", False, b"e"))
-
-    def test_what_nobody_closes_is_not_saved_but_logged(self):
-        before = self.account.files()
-        for wrap, mode, half in (
-            (lambda file: file, "wb", b"half"),
-            (lambda file: file, "w", "half"),
-            (io.TextIOWrapper, "wb", "half"),
-            (io.BufferedWriter, "wb", b"half"),
-        ):
-
-            def forget(wrap=wrap, mode=mode, half=half):
-                file = wrap(self.storage.open("half", mode))
-                file.write(half)
-
-            with self.assertLogs("dropbox_storage", "WARNING") as logs:
-                forget()
-                gc.collect()
-            text = "'half' is not saved: nobody closed it."
-            self.assertEqual(logs.output, [f"WARNING:dropbox_storage:{text}"])
-        self.assertEqual(self.account.files(), before)
-
-    def test_a_wrapper_that_is_forgotten_after_an_exception_saves_nothing(self):
-        before = self.account.files()
-
-        def export():
-            wrapper = io.TextIOWrapper(self.storage.open("half", "wb"))
-            wrapper.write("half")
-            raise ZeroDivisionError
-
-        with self.assertRaises(ZeroDivisionError):
-            export()
-        gc.collect()
-        self.assertEqual(self.account.files(), before)
-
-    def test_an_equal_exception_is_another_one(self):
-        before = self.account.files()
-        file = None
-        try:
-            raise ValidationError("same")
-        except ValidationError:
-            file = self.storage.open("half", "wb")
-            file.write(b"half")
-        try:
-            raise ValidationError("same")
-        except ValidationError:
-            file.close()
-        self.assertEqual(self.account.files(), before)
 
     def test_an_upload_that_fails_leaves_the_file_closed_and_dropbox_as_it_was(self):
         self.storage.max_wait = 0
@@ -3739,7 +2830,742 @@ class FileTests(StorageTestCase):
                         act()
 
 
-# serve()
+# Ways to leave a file that was opened for writing. Each takes a function that opens it
+# and one that writes to it. These save what was written:
+
+
+def close_file(open_file, write):
+    file = open_file()
+    write(file)
+    file.close()
+
+
+def leave_block(open_file, write):
+    with open_file() as file:
+        write(file)
+
+
+def close_in_a_handler_of_before(open_file, write):
+    try:
+        raise KeyError
+    except KeyError:
+        close_file(open_file, write)
+
+
+def close_after_the_handler_of_the_opening(open_file, write):
+    try:
+        raise KeyError
+    except KeyError:
+        file = open_file()
+    write(file)
+    file.close()
+
+
+def close_in_the_outer_of_two_handlers(open_file, write):
+    try:
+        raise KeyError
+    except KeyError:
+        try:
+            raise ValueError
+        except ValueError:
+            file = open_file()
+            write(file)
+        file.close()
+
+
+def leave_block_in_a_handler(open_file, write):
+    file = open_file()
+    try:
+        raise KeyError
+    except KeyError:
+        with inner(file):
+            write(file)
+
+
+def open_again(open_file, write):
+    file = open_file()
+    write(file)
+    file.open("rb").close()
+
+
+def close_wrapper_first(open_file, write):
+    file = open_file()
+    write(file)
+    with io.TextIOWrapper(inner(file).file):
+        pass
+    file.close()
+
+
+def collect_wrapper_first(open_file, write):
+    file = open_file()
+    write(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        csv.writer(io.TextIOWrapper(inner(file).file))
+        gc.collect()
+    file.close()
+
+
+def close_inner_first(open_file, write):
+    with open_file() as file:
+        write(file)
+        inner(file).file.close()
+
+
+# These save nothing, because an exception came first:
+
+
+def raise_in_block(open_file, write):
+    with contextlib.suppress(ZeroDivisionError), open_file() as file:
+        write(file)
+        raise ZeroDivisionError
+
+
+def close_finally(open_file, write):
+    file = open_file()
+    with contextlib.suppress(ZeroDivisionError):
+        try:
+            write(file)
+            raise ZeroDivisionError
+        finally:
+            file.close()
+
+
+def raise_in_exit_stack(open_file, write):
+    with contextlib.suppress(ZeroDivisionError), contextlib.ExitStack() as stack:
+        write(stack.enter_context(open_file()))
+        stack.callback(lambda: 1 / 0)
+
+
+def close_in_a_handler_of_an_equal_exception(open_file, write):
+    try:
+        raise ValidationError("same")
+    except ValidationError:
+        file = open_file()
+        write(file)
+    try:
+        raise ValidationError("same")
+    except ValidationError:
+        file.close()
+
+
+def close_wrapper_after_an_exception(open_file, write):
+    with contextlib.suppress(ZeroDivisionError), open_file() as file:
+        with io.TextIOWrapper(inner(file).file) as wrapper:
+            wrapper.write("half")
+            raise ZeroDivisionError
+
+
+# These, because nobody closed the file:
+
+
+def forget(open_file, write):
+    write(open_file())
+    gc.collect()
+
+
+def forget_wrapper(open_file, write):
+    wrapper = io.TextIOWrapper(inner(open_file()))
+    wrapper.write("half")
+    del wrapper
+    gc.collect()
+
+
+def forget_wrapper_after_an_exception(open_file, write):
+    def export():
+        io.TextIOWrapper(inner(open_file())).write("half")
+        raise ZeroDivisionError
+
+    with contextlib.suppress(ZeroDivisionError):
+        export()
+    gc.collect()
+
+
+# And these, because it was discarded:
+
+
+def discard(open_file, write):
+    with open_file() as file:
+        write(file)
+        inner(file).discard()
+
+
+def discard_in_another_thread(open_file, write):
+    file = open_file()
+    write(file)
+    thread = threading.Thread(target=inner(file).discard)
+    thread.start()
+    thread.join()
+    file.close()
+
+
+def inner(file):
+    """The DropboxFile, also of a FieldFile."""
+    return file.file if isinstance(file, FieldFile) else file
+
+
+SAVING = (close_file, leave_block, close_in_a_handler_of_before)
+SAVING += (close_after_the_handler_of_the_opening, close_in_the_outer_of_two_handlers)
+SAVING += (leave_block_in_a_handler, open_again, close_wrapper_first)
+SAVING += (collect_wrapper_first, close_inner_first)
+EXCEPTION = (raise_in_block, close_finally, raise_in_exit_stack)
+EXCEPTION += (
+    close_in_a_handler_of_an_equal_exception,
+    close_wrapper_after_an_exception,
+)
+FORGOTTEN = (forget, forget_wrapper, forget_wrapper_after_an_exception)
+LEAVING = {
+    **dict.fromkeys(SAVING, None),
+    **dict.fromkeys(EXCEPTION, "'a' is not saved: an exception came first."),
+    **dict.fromkeys(FORGOTTEN, "'a' is not saved: nobody closed it."),
+    **dict.fromkeys((discard, discard_in_another_thread), ""),
+}
+
+
+class LeavingFileTests(StorageTestCase):
+    def openers(self, mode):
+        """Each way to open the file in the mode."""
+        field = models.FileField(storage=self.storage)
+        yield lambda: self.storage.open("a", mode)
+        yield lambda: FieldFile(None, field, "a").open(mode)
+
+        def open_again():
+            file = self.storage.open("a", mode)
+            file.discard()
+            return file.open(mode)
+
+        yield open_again
+
+    def test_each_way_to_leave_a_file_in_each_mode(self):
+        for leave, warning in LEAVING.items():
+            for mode in ("wb", "w", "xb", "r+b", "r+", "ab", "a", "w+b", "w+"):
+                if "wrapper" in leave.__name__ and "b" not in mode:
+                    continue
+                for number, open_file in enumerate(self.openers(mode)):
+                    if leave is raise_in_exit_stack and number == 1:
+                        continue  # it tells a FieldFile nothing of the exception
+                    with self.subTest(leave.__name__, mode=mode, opened=number):
+                        self.check(leave, warning, mode, open_file)
+
+    def check(self, leave, warning, mode, open_file):
+        self.account.entries.clear()
+        before = {} if "x" in mode else {"a": b"old"}
+        for name, content in before.items():
+            self.account.put(f"/{name}", content)
+        new = b"new" if "b" in mode else "new"
+        messages, files = [], []
+
+        def note():
+            files.append(open_file())
+            return files.pop()
+
+        warn = unittest.mock.patch.object(
+            module.logger, "warning", lambda text, *args: messages.append(text % args)
+        )
+        with warn:
+            leave(note, lambda file: file.write(new))
+        after = b"oldnew" if "a" in mode else b"new"
+        self.holds({"a": after} if warning is None else before)
+        self.assertEqual(messages, [warning] if warning else [])
+
+    def test_discarded_content_is_not_sent_and_has_its_size(self):
+        for leave in (discard, raise_in_block):
+            files = []
+
+            def open_file(files=files):
+                files.append(self.storage.open("a", "w"))
+                return files[0]
+
+            with self.costs():
+                leave(open_file, lambda file: file.write("x" * 9 * UNIT))
+            self.assertEqual(files[0].size, 9 * UNIT)
+            self.assertTrue(files[0].closed)
+
+
+# -- The way to Dropbox: waiting, tokens, faults ---------------------------------------
+
+
+class WaitingTests(StorageTestCase):
+    def test_a_lasting_fault_is_reported_with_attempts_and_seconds(self):
+        for kind in ("503", "429", "429_new", "reset", "html"):
+            with self.refused("files/get_metadata", kind, times=999) as caught:
+                self.storage.exists("a")
+            pattern = r"^files/get_metadata of '/a' failed \(\d\d attempts, \d\d s\): "
+            self.assertRegex(str(caught.exception), pattern)
+            self.assertTrue(caught.exception.temporary)
+
+    def test_max_wait_bounds_what_follows_the_first_failure(self):
+        for max_wait in (1, 60, 300):
+            storage = self.account.storage(max_wait=max_wait)
+            storage.FIRST_WAIT, begun = 0.5, self.clock.now
+            with self.refused("*", "503", times=9999):
+                storage.exists("a")
+            self.assertLess(self.clock.now - begun, max_wait)
+            self.assertGreater(self.clock.now - begun, max_wait - 15.5)
+
+    def test_a_pause_that_is_too_long_is_not_begun(self):
+        message = (
+            "files/get_metadata of '/a' failed (1 attempt, 0 s; Dropbox asks to wait 300 s, "
+            "max_wait is 60 s): too_many_requests."
+        )
+        with self.failing("*", "429", value=300):
+            with self.raises(DropboxStorageException, message) as caught:
+                self.storage.exists("a")
+        for error in (caught.exception, pickle.loads(pickle.dumps(caught.exception))):
+            self.assertEqual((error.temporary, error.retry_after), (True, 300))
+        self.assertEqual(self.clock.pauses, [])
+
+    def test_an_expired_token_is_no_wait(self):
+        storage = self.account.storage(**REFRESHING, max_wait=0)
+        storage.exists("a")
+        self.account.expire_tokens()
+        self.assertFalse(storage.exists("a"))
+        self.assertEqual(self.clock.pauses, [0])
+        with self.refused("files/get_metadata", "expired_token", times=2) as caught:
+            storage.exists("a")
+        self.assertTrue(caught.exception.temporary)
+
+    def test_each_repetition_is_a_line_in_the_log(self):
+        for kind, reason in {
+            "503": "HTTP 503",
+            "429": "too_many_requests, Dropbox asks to wait 2 s",
+            "reset": "ConnectionError",
+            "stall": "ReadTimeout",
+            "html": "HTTP 502",
+            "garbage": "AssertionError" if __debug__ else "JSONDecodeError",
+        }.items():
+            start = "dropbox_storage:files/get_metadata of '/a' failed at attempt"
+            with self.failing("files/get_metadata", kind, times=3, value=2):
+                lines = self.logs(lambda: self.storage.exists("a"))
+            end = f"{reason}. Next attempt in N s."
+            levels = ("INFO", "WARNING", "WARNING")
+            expected = [
+                f"{level}:{start} {n}: {end}" for n, level in enumerate(levels, 1)
+            ]
+            self.assertEqual(lines, expected)
+        self.account.put("/a", bytes(UNIT))
+        with self.failing("files/download", "truncate"):
+            lines = self.logs(lambda: self.read("a"))
+        self.assertRegex(
+            lines[0], "INFO:.*files/download of '/a' failed at attempt 1: "
+        )
+
+    def test_the_last_failure_is_a_warning(self):
+        with self.failing("*", "503", times=999):
+            lines = self.logs(lambda: self.storage.exists("a"), "WARNING")
+        self.assertRegex(
+            lines[-1],
+            r"^WARNING:.*:Gave up: .*'/a' failed \(\d+ attempts, \d+ s\): HTTP",
+        )
+
+    def test_refusals_for_the_owner_are_one_error_with_its_own_template(self):
+        for kind, template in {
+            "invalid_token": "invalid_access_token: %s",
+            "expired_token": "expired_access_token: %s",
+            "missing_scope": "missing_scope: %s",
+            "app_scope": "required scope: %s",
+            "suspended": "user_suspended: %s",
+            "select_user": "invalid_select_user: %s",
+            "account_type": "invalid_account_type: %s",
+            "no_permission": "no_permission: %s",
+            "/path/insufficient_space": "insufficient_space: %s",
+            "/path/no_write_permission": "no_write_permission: %s",
+        }.items():
+            with self.subTest(kind), self.failing("*", kind, times=9):
+                with self.assertLogs("dropbox_storage", "INFO") as logs:
+                    with self.assertRaises(DropboxStorageException) as caught:
+                        self.storage.exists("a")
+            (record,) = logs.records
+            self.assertEqual((record.levelname, record.msg), ("ERROR", template))
+            self.assertEqual(record.args, (caught.exception,))
+        storage = self.account.storage(**REFRESHING, max_wait=0)
+        with self.failing("files/get_metadata", "expired_token", times=9):
+            lines = self.logs(lambda: storage.exists("a"), "INFO")
+        self.assertTrue(lines[-1].startswith("WARNING:"))  # it is renewed by itself
+        with self.failing("*", "bad_input"):
+            lines = self.logs(lambda: self.storage.exists("a"), "DEBUG")
+        self.assertEqual(len(lines), 1)  # the call itself
+
+    def test_each_request_is_a_line_for_debugging_with_its_time(self):
+        storage = self.account.storage(**REFRESHING)
+        debug = "DEBUG:dropbox_storage:"
+        lines = self.logs(lambda: storage.exists("b"), "DEBUG")
+        expected = [f"{debug}/oauth2/token: HTTP 200 in N s."]
+        expected.append(f"{debug}/2/files/get_metadata: HTTP 409 in N s.")
+        self.assertEqual(lines, expected)
+
+
+class TokenTests(StorageTestCase):
+    def setUp(self):
+        super().setUp()
+        self.storage = self.account.storage(**REFRESHING)
+
+    def test_threads_refresh_once(self):
+        token = self.account.token
+
+        def slow(form):  # so that all threads wait for the first one
+            time.sleep(0.1)
+            return token(form)
+
+        self.account.token = slow
+        for _ in range(2):
+            with self.account.counting() as calls, ThreadPoolExecutor(8) as pool:
+                for saved in pool.map(self.save, map(str, range(8))):
+                    self.assertTrue(saved)
+            self.assertEqual(calls["oauth2/token"], 1)
+            self.account.expire_tokens()
+
+    def test_a_token_that_expires_in_the_middle_is_refreshed_once(self):
+        self.account.fail(
+            "files/upload_session/append_v2", "expired_token", nth=2, times=2
+        )
+        data = noise(30 * UNIT, 5)
+        self.save("a", data)
+        self.assertTrue(self.account.files()["/a"] == data)
+        self.account.expire_tokens()
+        with self.account.counting() as calls, self.storage.open("a") as file:
+            self.assertTrue(file.read() == data)
+        self.assertEqual(calls["oauth2/token"], 1)
+
+    def test_faults_of_the_token_endpoint_are_survived(self):
+        for fault in ("500", "503", "429", "429_text", "reset", "stall", "tls", "html"):
+            with self.subTest(fault):
+                storage = copy.deepcopy(self.storage)
+                self.account.connect(storage)
+                self.account.fail("oauth2/token", fault, times=3)
+                self.assertFalse(storage.exists("a"))
+                self.account.faults.clear()
+
+    def test_a_token_that_expires_while_none_can_be_had(self):
+        self.storage.exists("a")
+        self.account.expire_tokens()
+        self.account.fail("oauth2/token", "503", times=3)
+        with self.account.counting() as calls:
+            self.assertFalse(self.storage.exists("a"))
+        self.assertEqual(calls, {"files/get_metadata": 2, "oauth2/token": 4})
+
+    def test_a_token_that_hardly_lives_is_refreshed_once_a_call(self):
+        self.account.expires_in = 0
+        for _ in range(2):
+            with self.costs("oauth2/token", "files/get_metadata"):
+                self.storage.exists("a")
+
+    def test_a_short_lived_token_warns_once_and_its_expiry_is_explained(self):
+        self.account.tokens.add("sl.short")
+        advice = "'sl.' tokens live four hours; set oauth2_refresh_token"
+        storage = DropboxStorage("sl.short")
+        with self.assertLogs("dropbox_storage", "WARNING") as logs:
+            self.account.connect(storage)
+            storage.exists("a")
+            storage.exists("a")
+        output = [f"WARNING:dropbox_storage:oauth2_access_token: {advice}."]
+        self.assertEqual(logs.output, output)
+        self.account.expire_tokens()
+        with self.raises(
+            DropboxStorageException,
+            f"files/get_metadata of '/a' failed: expired_access_token ({advice}).",
+        ):
+            storage.exists("a")
+
+    def test_a_refused_refresh_says_why(self):
+        for option, value, told in (
+            ("oauth2_refresh_token", "revoked", "invalid_grant (oauth2_refresh_token is wrong, "
+             "revoked or of another app)."),
+            ("app_secret", "wrong", "invalid_client: bad app key or secret (app_key and "
+             "app_secret must be of the app that was authorized)."),
+        ):  # fmt: skip
+            storage = DropboxStorage(**{**REFRESHING, option: value})
+            message = f"files/get_metadata of '/a' failed: {told}"
+            with self.raises(DropboxStorageException, message):
+                self.account.connect(storage).exists("a")
+
+    def test_an_own_clients_token_is_refreshed_by_the_same_policy(self):
+        """The SDK would repeat each attempt up to four times, with pauses of its own."""
+        self.storage.client = client = FakeDropbox(self.account)
+        client._oauth2_refresh_token = "valid-refresh-token"
+        client._app_key, client._app_secret = "app-key", "app-secret"
+        self.storage.max_wait = 0
+        with self.refused("oauth2/token", "503", times=99), self.costs("oauth2/token"):
+            self.storage.exists("a")
+        with self.costs("oauth2/token", *["files/get_metadata"] * 3):
+            for _ in range(3):
+                self.assertFalse(self.storage.exists("a"))
+
+    def test_a_refused_token_is_renewed_once(self):
+        self.storage.exists("a")
+        for kind in ("invalid_token", "expired_token"):
+            renewed = ["files/get_metadata", "oauth2/token", "files/get_metadata"]
+            with self.failing("files/get_metadata", kind), self.costs(*renewed):
+                self.assertFalse(self.storage.exists("a"))
+            self.assertEqual(self.clock.pauses, [0])
+            self.clock.pauses.clear()
+        message = (
+            "files/get_metadata of '/a' failed: invalid_access_token (a token that Dropbox has "
+            "just given is refused; authorize the app again)."
+        )
+        with self.failing("files/get_metadata", "invalid_token", times=2):
+            with self.raises(DropboxStorageException, message):
+                self.storage.exists("a")
+
+    def test_after_a_revocation_it_says_so(self):
+        self.storage.exists("a")
+        self.account.tokens.clear()
+        self.account.refresh_tokens.clear()
+        message = (
+            "files/get_metadata of '/a' failed: invalid_grant (oauth2_refresh_token is wrong, "
+            "revoked or of another app)."
+        )
+        for _ in range(2):
+            with self.raises(DropboxStorageException, message):
+                self.storage.exists("a")
+
+    def test_a_401_for_another_reason_lets_the_next_request_refresh(self):
+        self.storage.exists("a")
+        with self.refused("files/get_metadata", "missing_scope"):
+            self.storage.exists("a")
+        with self.costs("oauth2/token", "files/get_metadata"):
+            self.storage.exists("a")
+
+    def test_a_token_is_taken_for_a_request_and_not_for_each_part_of_its_response(self):
+        self.account.put("/a", LARGE[: 8 * UNIT])
+        with self.storage.open("a") as file:
+            file.read(5)
+            self.storage.client._oauth2_access_token_expiration = None
+            with self.costs():
+                self.assertEqual(file.read(), LARGE[5 : 8 * UNIT])
+
+
+class FaultTests(StorageTestCase):
+    """One operation, one fault: at each of its routes, first and later, once and more."""
+
+    def run_one(self, operation, *faults):
+        """The account afterwards, the result or the exception, and the calls."""
+        options, act = OPERATIONS[operation]
+        cache.clear()
+        account = FakeAccount(page_size=2)
+        account.put("/a", b"old")
+        account.put("/huge", HUGE)
+        for i in range(5):
+            account.put(f"/dir/{i}")
+        for entry in account.entries.values():
+            entry.modified = "2024-07-01T12:00:00Z"
+        storage = account.storage(**REFRESHING, **options)
+        for fault in faults:
+            account.fail(*fault)
+        try:
+            result = act(storage)
+        except Exception as error:
+            result = error
+        return account, result, account.calls
+
+    def same(self, operation, account, expected):
+        files, kept = account.files(), expected.files()
+        if operation == "save a taken name":  # the other name is another one each time
+            files, kept = sorted(files.values()), sorted(kept.values())
+        self.assertTrue(files == kept, f"{[*account.files()]}")
+
+    def cells(self):
+        for operation in OPERATIONS:
+            account, result, clean = self.run_one(operation)
+            self.assertNotIsInstance(result, Exception)
+            for route, count in [*clean.items()]:
+                for nth in (1, count)[:count]:
+                    yield operation, account, result, clean, route, nth
+
+    def test_transient_faults_are_retried(self):
+        for operation, expected, result, clean, route, nth in self.cells():
+            every = operation in ("save", "read", "exists", "save large")
+            faults = [*(TRANSIENT if every else CORE), BUSY.get(route)]
+            faults += ["corrupt"] * route.startswith("files/upload")
+            faults += ["truncate", "short"] * (route == "files/download")
+            cells = [(fault, 1) for fault in faults if fault]
+            for fault, times in [*cells, ("503", 3), ("reset_after", 3)]:
+                with self.subTest(f"{operation}: {route} {nth} {fault} x {times}"):
+                    fails = (route, fault, nth, times)
+                    account, found, calls = self.run_one(operation, fails)
+                    if isinstance(found, Exception):
+                        raise found
+                    self.assertEqual(found, result)
+                    self.same(operation, account, expected)
+                    left = len(account.sessions) - len(expected.sessions)
+                    self.assertLessEqual(left, times)
+                    more = sum(calls.values()) - sum(clean.values())
+                    self.assertLessEqual(more, 2 * times + 1)
+
+    def test_permanent_faults_are_reported_at_once(self):
+        for operation, _, _, clean, route, nth in self.cells():
+            for fault in (*PERMANENT, *ROUTE_REFUSALS.get(route, ())):
+                if route == "oauth2/token" and fault == "/brand_new":
+                    continue  # no route of the API, with no errors of its own
+                with self.subTest(f"{operation}: {route} {nth} {fault}"):
+                    fails = (route, fault, nth, 999)
+                    account, found, calls = self.run_one(operation, fails)
+                    self.assertIsInstance(found, DropboxStorageException)
+                    self.assertFalse(found.temporary)
+                    # Blocks that failed ahead of their reader are requested once more.
+                    more = 1 + 6 * (operation == "read huge")
+                    self.assertLessEqual(calls[route], clean[route] + more)
+                    self.assertEqual(account.files()["/a"], b"old")
+                    self.assertNotIn("/new", account.files())
+
+    def test_lasting_faults_are_reported_and_lose_nothing(self):
+        for operation, _, _, _, route, nth in self.cells():
+            for fault in ("503", "reset"):
+                with self.subTest(f"{operation}: {route} {nth} {fault}"):
+                    fails = (route, fault, nth, 999)
+                    account, found, calls = self.run_one(operation, fails)
+                    self.assertIsInstance(found, DropboxStorageException)
+                    self.assertTrue(found.temporary)
+                    self.assertEqual(account.files()["/a"], b"old")
+                    self.assertNotIn("/new", account.files())
+
+    def test_nonsense_is_reported_with_nothing_lost(self):
+        """As a proxy or a broken server sends it, with status 200, at each request."""
+        nonsense = (
+            "null",
+            "[]",
+            "{}",
+            "7",
+            '{".tag": []}',
+            '{"name": null}',
+            "\xff",
+            "{",
+        )
+        for operation, _, _, _, route, nth in self.cells():
+            for text in nonsense:
+                headers = {"dropbox-api-result": text}
+                fault = answers(200, text.encode(), **headers)
+                with self.subTest(f"{operation}: {route} {nth} {text}"):
+                    account, found, _ = self.run_one(
+                        operation, (route, fault, nth, 999)
+                    )
+                    if isinstance(found, Exception):
+                        self.assertIsInstance(found, DropboxStorageException)
+                    self.assertEqual(account.files()["/a"], b"old")
+                    self.assertNotIn("/new", account.files())
+
+    def test_wrong_bytes_are_never_taken_for_the_file(self):
+        for operation in ("read", "read huge"):
+            for nth in (1, self.run_one(operation)[2]["files/download"]):
+                fails = ("files/download", "corrupt", nth)
+                found = self.run_one(operation, fails)[1]
+                self.assertIsInstance(found, DropboxStorageException)
+                self.assertEqual(found.reason, "content_hash_mismatch")
+                self.assertTrue(found.temporary)  # the next read may be right
+
+    def test_a_lost_commit_that_failed_is_not_taken_for_done(self):
+        """The response is lost, and then someone else's file is what is found."""
+        for size in (5, len(LARGE)):
+            self.new_account()
+            storage = self.account.storage(write_mode="update")
+            self.account.put("/a", b"old")
+            self.account.fail("files/upload", "reset")
+            self.account.fail("files/upload_session/finish", "reset")
+            theirs = lambda: self.account.put("/a", b"theirs")  # noqa: E731
+            with self.assertRaises(DropboxStorageException):
+                storage.save("a", Unsized(LARGE[:size], then=theirs))
+            self.holds({"a": b"theirs"})
+
+    def test_no_thread_is_left_behind(self):
+        for operation, _, _, _, route, nth in self.cells():
+            if operation in ("save large", "read huge"):
+                for fault in ("missing_scope", "503"):
+                    self.run_one(operation, (route, fault, nth, 999))
+        self.ends_its_threads()
+
+    def test_errors_from_elsewhere_pass_through_at_once(self):
+        """As the time limits of task queues, which a signal raises: plain Exceptions."""
+
+        class TimeLimit(Exception):
+            pass
+
+        for operation, _, _, clean, route, nth in self.cells():
+            for error in (TimeLimit("of the queue"), TypeError("a bug")):
+
+                def interrupt(error=error):
+                    raise error
+
+                with self.subTest(f"{operation}: {route} {nth} {error}"):
+                    fails = (route, interrupt, nth, 999)
+                    account, found, calls = self.run_one(operation, fails)
+                    self.assertIs(found, error)
+                    # Blocks that failed ahead of their reader are requested once more.
+                    more = 6 * (operation == "read huge")
+                    self.assertLessEqual(calls[route], clean[route] + more)
+                    self.assertEqual(account.files()["/a"], b"old")
+
+
+# -- What a failure means --------------------------------------------------------------
+
+
+class ErrorTests(StorageTestCase):
+    def test_permanent_failures_say_what_to_do(self):
+        for kind, told in TOLD.items():
+            route = "files/get_metadata"
+            message = f"{route} of '/a' failed: {told}."
+            with self.subTest(kind), self.costs(route), self.failing(route, kind):
+                with self.raises(DropboxStorageException, message) as caught:
+                    self.storage.exists("a")
+                error = caught.exception
+                self.assertTrue(told.startswith(error.reason), error.reason)
+                self.assertFalse(error.temporary)
+                self.assertIsInstance(error.__cause__, dropbox.exceptions.HttpError)
+                self.assertRegex(error.__cause__.request_id, "^[0-9a-f]+$")
+
+    def test_hints_fit_the_request(self):
+        for act, route, kind, hint in (
+            (lambda: self.save("a"), "files/upload", "/path/too_many_files",
+             "the folder is full; save into several folders"),
+            (lambda: self.storage.delete("a"), "files/delete_v2", "/too_many_files",
+             "the folder is too large; delete its files in several steps"),
+            (lambda: self.save("a", HUGE), "files/upload_session/append_v2",
+             "/payload_too_large", "set a smaller CHUNK_SIZE"),
+        ):  # fmt: skip
+            reason = "path/too_many_files" if "path" in kind else kind[1:]
+            path = "/a"
+            message = f"{route} of {path!r} failed: {reason} ({hint})."
+            with self.failing(route, kind, times=9):
+                with self.raises(DropboxStorageException, message):
+                    act()
+
+    def test_the_user_message_is_shown(self):
+        said = {"user_message": {"text": "Ask\nyour\x1b[31m admin.", "locale": "en"}}
+        self.account.refused = refusal(409, "path/other", **said)
+        told = "path/other Ask your [31m admin."
+        message = f"files/get_metadata of '/a' failed: {told}."
+        with self.raises(DropboxStorageException, message):
+            self.storage.exists("a")
+
+    def test_reasons_become_errors_of_python(self):
+        self.account.put("/dir/a")
+        for act, error, path in (
+            (lambda: self.storage.open("missing"), FileNotFoundError, "/missing"),
+            (lambda: self.storage.size("missing"), FileNotFoundError, "/missing"),
+            (lambda: self.storage.open("dir"), IsADirectoryError, "/dir"),
+            (lambda: self.storage.listdir("dir/a"), NotADirectoryError, "/dir/a"),
+            (lambda: self.save("dir/a/b"), NotADirectoryError, "/dir/a/b"),
+        ):
+            with self.assertRaises(error) as caught:
+                act()
+            self.assertEqual(caught.exception.filename, path)
+            cause = caught.exception.__cause__
+            self.assertIsInstance(cause, dropbox.exceptions.HttpError)
+
+    def test_the_exception_is_no_oserror_and_keeps_its_reason(self):
+        self.assertFalse(issubclass(DropboxStorageException, OSError))
+        self.assertFalse(DropboxStorageException("text").temporary)
+        error = DropboxStorageException("text", "reason", temporary=True)
+        error = pickle.loads(pickle.dumps(error))
+        found = (str(error), error.reason, error.temporary)
+        self.assertEqual(found, ("text", "reason", True))
+
+    def test_names_that_dropbox_refuses(self):
+        for name in ("a\x7fb", "a\\b\x7f"):
+            with self.assertRaisesRegex(DropboxStorageException, "DEL"):
+                self.storage._save(name, ContentFile(b"x"))
+
+
+# -- The view --------------------------------------------------------------------------
 
 
 class ServeTests(StorageTestCase):
@@ -3838,7 +3664,7 @@ class ServeTests(StorageTestCase):
         ):
             self.get("a", storage="private")
 
-    def test_what_cannot_be_a_file_is_not_found(self):
+    def test_names_that_cannot_be_files_are_not_found(self):
         self.account.put("/private/x.jpg", b"secret")
         paths = ("gone.jpg", "dir", "", "../a", "/etc/passwd", "a\0b", "x" * 300)
         paths += ("dir/a b.jpg/x", "a\x7fb", "a\udc80")
@@ -3906,13 +3732,14 @@ class ManifestTests(StorageTestCase):
         self.assertIn(posixpath.basename(picture).encode(), files[style])
 
 
+# -- On a real account, if there is one ------------------------------------------------
+
+
 # Whatever hypothesis thinks of
 
 
 # The README
 
-
-# -- On a real account, if there is one --------------------------------------------------
 
 LIVE = {
     option: os.environ[f"DROPBOX_TEST_{name}"]
@@ -4090,7 +3917,7 @@ class LiveTests(SimpleTestCase):
         self.assertNotEqual(client._oauth2_access_token, old)
 
 
-# The demo
+# -- The demo --------------------------------------------------------------------------
 
 
 def demo(paths, account):

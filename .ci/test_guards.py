@@ -23,6 +23,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -184,7 +185,7 @@ class FakeDropboxTests(unittest.TestCase):
         cursor = files.UploadSessionCursor(serial, 1)
         self.assertIn("correct_offset=3", self.refusal(append, b"x", cursor))
 
-    def test_what_is_rarer(self):
+    def test_rarer_requests(self):
         files, client = dropbox.files, self.client
         closed = client.files_upload_session_start(
             b"", close=True, session_type=files.UploadSessionType.concurrent
@@ -1113,7 +1114,7 @@ class FailureTests(StorageTestCase):
                 with self.assertRaises(type(error)):
                     self.storage.exists("a")
 
-    def test_what_a_signal_handler_raises_passes_through(self):
+    def test_errors_of_signal_handlers_pass_through(self):
         class Limit(AssertionError):  # as timeout-decorator's
             pass
 
@@ -1139,7 +1140,7 @@ class FailureTests(StorageTestCase):
                 self.storage.exists("a")
             self.assertIs(caught.exception, error)
 
-    def test_what_no_waiting_mends_is_reported_at_once(self):
+    def test_certificates_and_proxies_are_reported_at_once(self):
         bundle = OSError("Could not find a suitable TLS CA certificate bundle")
         connect = "HTTPSConnectionPool(host='x', port=443): Max retries exceeded"
         verify = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
@@ -1487,7 +1488,7 @@ class SecretTests(StorageTestCase):
         self.assertEqual(caught.exception.object, "\ud800")
         self.holds({})
 
-    def test_what_is_being_sent_is_short_in_every_frame(self):
+    def test_content_is_short_in_every_frame(self):
         content = SimpleUploadedFile("a", noise(300 * UNIT))
         self.storage.max_wait = 0
         for route in ("files/upload", "files/upload_session/append_v2"):
@@ -1504,7 +1505,7 @@ class SecretTests(StorageTestCase):
 class ProcessTests(StorageTestCase):
     """What the storages of a process share."""
 
-    def test_who_uses_the_client_gets_errors_at_once(self):
+    def test_the_client_itself_does_not_retry(self):
         for fault in ("503", "429"):
             self.account.fail("files/get_metadata", fault)
             with self.assertRaises(dropbox.exceptions.HttpError):
@@ -1536,7 +1537,7 @@ class ProcessTests(StorageTestCase):
         self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertEqual(id(self.storage.client), parent)
 
-    def test_what_costs_much_is_not_imported_with_the_module(self):
+    def test_costly_imports_come_with_the_first_request(self):
         code = (
             "from django.conf import settings; settings.configure(); import sys\n"
             f"from {module.__name__} import DropboxStorage; DropboxStorage('token')\n"
@@ -1689,7 +1690,7 @@ class ProcessTests(StorageTestCase):
 class CommitTests(StorageTestCase):
     """Chunks, hashes, and responses that are lost."""
 
-    def test_what_dropbox_has_stored_is_compared_with_what_was_sent(self):
+    def test_the_stored_hash_is_compared(self):
         class Careless(FakeAccount):
             def commit(self, target, data):
                 return super().commit(target, data[:-1])
@@ -1968,7 +1969,7 @@ class LinkCacheTests(StorageTestCase):
         newcomer.join(5)
         self.assertEqual(self.account.calls["files/get_temporary_link"], 2)
 
-    def test_what_is_no_link_in_the_cache_is_ignored(self):
+    def test_garbage_in_the_cache_is_ignored(self):
         self.storage.url("a b.txt")
         key = min(cache._cache).partition(":1:")[2]
         for garbage in (
@@ -2084,7 +2085,7 @@ class RetryTests(unittest.TestCase):
                     self.assertNotEqual(found, "give up")
                     self.assertTrue(least <= found <= most, found)
 
-    def test_what_was_lost_once_stays_lost(self):
+    def test_a_lost_response_is_remembered(self):
         gone, refused = ("gone", "is_transient is_lost", 0), ("path/conflict", "", 7)
         retry = self.decide(gone, refused)[1]
         self.assertTrue(retry.failure.is_lost)
@@ -2431,7 +2432,7 @@ class BlockTests(StorageTestCase):
                         file.seek(start)
                         self.assertTrue(file.read(UNIT) == big[start : start + UNIT])
 
-    def test_who_reads_in_order_writes_nothing_to_disk(self):
+    def test_sequential_reading_writes_nothing_to_disk(self):
         big = noise(80 * UNIT, 12)
         self.account.put("/big", big)
         for first in (0, 77 * UNIT, 40 * UNIT):
@@ -2561,3 +2562,173 @@ class BlockTests(StorageTestCase):
                 with self.assertRaises((OSError, ValueError)):
                     file.seek(0, whence)
             self.assertEqual(file.read(3), b"one")
+
+
+class SdkTests(StorageTestCase):
+    """The private parts of the SDK."""
+
+    def test_the_private_parts_of_the_sdk_that_are_used(self):
+        """A new SDK that lacks one of them is named here."""
+        client = FakeDropbox()
+        text = pathlib.Path(module.__file__).read_text(encoding="utf-8")
+        private = {f"_{name}" for name in module.CREDENTIALS}
+        private |= {
+            "_oauth2_access_token_expiration",
+            "_headers",
+            "_session",
+            "_timeout",
+        }
+        for name in private:
+            self.assertTrue(hasattr(client, name), name)
+        found = set(re.findall(r"\b(?:client|request)\.(_\w+)", text))
+        self.assertLessEqual(found, private)
+        self.assertTrue(hasattr(client, "check_and_refresh_access_token"))
+
+
+class ListingTests(StorageTestCase):
+    """Listings that expire or change between their pages."""
+
+    def setUp(self):
+        super().setUp()
+        self.account.put("/a.txt", b"12345")
+        self.account.put("/dir/Sub/b.txt", b"x")
+
+    def test_a_listing_that_expires_begins_again(self):
+        self.account.page_size = 3
+        for i in range(10):
+            self.account.put(f"/many/{i}")
+        names, route = [str(i) for i in range(10)], "files/list_folder/continue"
+        for page in (1, 2, 3):
+            with self.failing(route, "/reset", nth=page):
+                self.assertEqual(self.storage.listdir("many"), ([], names))
+        with self.refused(route, "/reset", times=99) as caught:
+            with self.costs(*["files/list_folder", route] * 2):
+                self.storage.listdir("many")
+        self.assertEqual(caught.exception.reason, "reset")
+
+    def test_a_listing_that_changes_between_its_pages(self):
+        """Later pages report what is gone, and what is new again."""
+
+        class Changing(FakeAccount):
+            def files_list_folder_continue(self, argument, body):
+                if "/many/9" not in self.files():
+                    self.put("/many/1", b"longer")
+                    self.put("/many/9")
+                    for path in ("/many/0", "/many/5", "/many/SUB"):
+                        self.files_delete_v2({"path": path}, b"")
+                    self.put("/many/5", b"again")
+                return super().files_list_folder_continue(argument, body)
+
+        for quirks in ((), ("no_paths",)):
+            account = Changing(page_size=3, quirks=quirks)
+            for i in range(6):
+                account.put(f"/many/{i}")
+                account.put(f"/many/Sub/deep/{i}")
+            folders, files = account.storage().listdir("many")
+            self.assertEqual(sorted(files), ["1", "2", "3", "4", "5", "9"])
+            self.assertEqual(folders, [])
+
+
+class PauseTests(StorageTestCase):
+    """How long it waits between attempts."""
+
+    def test_the_pauses_grow_and_are_random(self):
+        storage = self.account.connect(DropboxStorage("valid-token", max_wait=None))
+        self.account.fail("files/get_metadata", "503", times=1100)
+        storage.exists("a")
+        pauses = self.clock.pauses
+        self.assertEqual(len(pauses), 1100)  # no number is too large
+        for pause, most in zip(pauses, (0.5, 1, 2, 4, 8, *[15] * 1095)):
+            self.assertTrue(most / 2 <= pause <= most, (pause, most))
+        self.assertGreater(len({*pauses}), 1090)
+
+    def test_time_that_attempts_take_counts(self):
+        def slow():
+            self.clock.now += 100
+
+        with self.refused("*", slow, times=99):
+            with self.costs("files/get_metadata", "files/get_metadata"):
+                self.account.storage(max_wait=150).exists("a")
+
+    def test_without_waiting_there_is_one_attempt(self):
+        for first_wait in (0, 0.5):
+            storage = self.account.storage(max_wait=0)
+            storage.FIRST_WAIT = first_wait
+            with self.refused("*", "503", times=99) as caught:
+                with self.costs("files/get_metadata"):
+                    storage.exists("a")
+            self.assertIn("failed (1 attempt, 0 s): HTTP 503", str(caught.exception))
+
+    def test_retry_after_goes_before_the_growing_pauses(self):
+        self.storage.FIRST_WAIT = 9
+        for kind in ("429", "429_text", "429_new", "too_many_writes", "503_later"):
+            for value in (1, 2.5):
+                with self.failing("files/get_metadata", kind, times=3, value=value):
+                    self.assertFalse(self.storage.exists("a"))
+                self.assertEqual(self.clock.pauses, [value] * 3)
+                self.clock.pauses.clear()
+        for value in ("soon", "-1", "nan", "Wed, 25 Nov 2026 12:00:00 GMT"):
+            with self.failing("files/get_metadata", "503_later", value=value):
+                self.assertFalse(self.storage.exists("a"))
+            self.assertTrue(4 < self.clock.pauses.pop() <= 9)
+
+    def test_permanent_failures_are_not_repeated_without_a_pause_either(self):
+        self.storage.FIRST_WAIT = 0
+        with (
+            self.refused("*", "missing_scope", times=9),
+            self.costs("files/get_metadata"),
+        ):
+            self.storage.exists("a")
+
+    def test_an_assigned_client_does_not_repeat_calls_by_itself(self):
+        self.storage.client, self.storage.max_wait = FakeDropbox(self.account), 0
+        for kind in ("503", "429", "expired_token"):
+            with self.refused("*", kind, times=99), self.costs("files/get_metadata"):
+                self.storage.exists("a")
+
+
+class ReasonTests(StorageTestCase):
+    """Reasons in whatever shape they come."""
+
+    def test_refusals_of_odd_shapes(self):
+        for body, told in {
+            "null": "HTTP 400 null",
+            "7": "HTTP 400 7",
+            '"text"': 'HTTP 400 "text"',
+            '{"error_summary": 7}': 'HTTP 400 {"error_summary": 7}',
+            '{"error_summary": ".."}': 'HTTP 400 {"error_summary": ".."}',
+            '{"error": {".tag": "x"}}': 'HTTP 400 {"error": {".tag": "x"}}',
+            '{"error": "x", "error_description": "y"}': "x y",
+            "a\x00b\u202ec": "HTTP 400 a b c",
+            "word" * 1000: f"HTTP 400 {'word' * 1000}"[:500],
+        }.items():
+            self.account.refused = Refused(400, body)
+            message = f"files/get_metadata of '/a' failed: {told}."
+            with self.subTest(body[:30]), self.raises(DropboxStorageException, message):
+                self.storage.exists("a")
+
+    def test_reasons_may_have_more_words_at_their_end(self):
+        for reason, error in {
+            "path/not_found/deleted": FileNotFoundError,
+            "path_lookup/not_found/more": FileNotFoundError,
+            "path/not_file/more": IsADirectoryError,
+            "path/not_folder/more": NotADirectoryError,
+            "path/conflict/folder/more": IsADirectoryError,
+            "path/conflict/file_ancestor/more": NotADirectoryError,
+            "path/conflict/file/more": FileExistsError,
+            "path/conflict/file_new": DropboxStorageException,
+            "lookup_failed/not_found": DropboxStorageException,
+            "path/not_found_there": DropboxStorageException,
+            "xpath/not_found": DropboxStorageException,
+        }.items():
+            with self.subTest(reason), self.failing("*", f"/{reason}"):
+                with self.assertRaises((OSError, DropboxStorageException)) as caught:
+                    self.storage.size("a")
+                self.assertIs(type(caught.exception), error)
+        self.account.put("/a", b"12345")
+        for reason in (
+            "too_many_write_operations/more",
+            "path/too_many_write_operations/x",
+        ):
+            with self.failing("*", f"/{reason}"):
+                self.assertEqual(self.storage.size("a"), 5)
