@@ -124,7 +124,8 @@ class ReadmeTests(unittest.TestCase):
             self.assertEqual(
                 self.manage("shell", "-c", f"{check}\n{VISIT}").splitlines()[-6:],
                 [
-                    "It works: /media/check.txt",
+                    "It works: check.txt was saved in Dropbox in /media, "
+                    "read and deleted.",
                     "documents/a_b.txt /media/documents/a_b.txt",
                     "12345",
                     "/accounts/login/?next=/media/documents/a_b.txt",
