@@ -2249,6 +2249,8 @@ class NameTests(StorageTestCase):
         for name in ("dir\\desktop.ini\\a.txt", "dir/desktop.ini/a.txt"):
             generated = self.storage.generate_filename(name)
             self.assertEqual(generated, "dir/_desktop.ini/a.txt")
+        generated = self.storage.generate_filename("x" * 254 + " y/a.txt")
+        self.assertEqual(generated, "x" * 254 + "/a.txt")
 
     def test_an_alternative_of_a_long_name_fits(self):
         for name in (

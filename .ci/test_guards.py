@@ -43,6 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 import dropbox
 import hypothesis
 import requests
+import urllib3
 from django.core.cache import cache
 from django.core.cache.backends.base import BaseCache
 from django.core.cache.backends.locmem import LocMemCache
@@ -1090,6 +1091,21 @@ class FailureTests(StorageTestCase):
         self.assertIsNone(cause.__context__)
         self.assertEqual({*vars(cause)}, {"request_id", "status_code", "body"})
 
+    def test_the_password_of_a_proxy_is_shown_nowhere(self):
+        proxy = "http://user:pass%40word@proxy.example:3128"
+        for error in (
+            requests.exceptions.ProxyError(f"cannot connect to {proxy}"),
+            requests.exceptions.InvalidProxyURL(proxy),
+            urllib3.exceptions.LocationParseError(proxy),
+        ):
+            with unittest.mock.patch.dict(os.environ, HTTPS_PROXY=proxy):
+                with self.assertLogs("dropbox_storage") as logs:
+                    with self.refused("*", raised_by("urllib3.x", error), times=99):
+                        self.storage.exists("a")
+            shown = f"{logs.output}"
+            self.assertIn(type(error).__name__, shown)
+            self.assertNotIn("pass%40word", shown)
+
     def test_a_builtin_error_passes_through_unless_the_sdk_has_raised_it(self):
         """What a hook, a bug or a time limit raises is known by its innermost frame."""
         for kind in (ValueError, KeyError, TypeError, AssertionError, RecursionError):
@@ -1639,8 +1655,8 @@ class ProcessTests(StorageTestCase):
             netrc = pathlib.Path(folder, "netrc")
             netrc.write_text("default login user password secret", encoding="utf-8")
             with unittest.mock.patch.dict(os.environ, NETRC=str(netrc)):
-                for _ in range(2):
-                    self.assertFalse(DropboxStorage("valid-token").exists("a"))
+                for name in ("a", "b"):  # a cookie would come with the first answer
+                    DropboxStorage("valid-token").save(name, ContentFile(b"x"))
             authorization = account.last_headers["Authorization"]
             self.assertEqual(authorization, "Bearer valid-token")
             self.assertIsNone(account.cookie)
@@ -2398,7 +2414,9 @@ class BlockTests(StorageTestCase):
                 self.assertTrue(file.read(UNIT) == big[start : start + UNIT])
             file.seek(0)
             self.assertTrue(file.read() == big)
-        self.assertLessEqual(self.account.calls["files/download"], 40)
+        self.assertEqual(self.account.calls["files/download"], 40)
+        # The whole file with the first request, of which a block is read; 39 blocks.
+        self.assertEqual(self.account.bytes_out, (80 + 39 * 2) * UNIT)
 
     def test_where_the_disk_fails_blocks_are_requested_again(self):
         big = noise(80 * UNIT, 12)
