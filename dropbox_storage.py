@@ -1778,11 +1778,12 @@ class _Process:
 
     def __init__(self):
         self._session = _make_session()
-        self._clients = (
-            collections.OrderedDict()
-        )  # by account, the last used at the end
-        self._adopted = weakref.WeakSet()  # assigned clients that were used here
-        self.refreshes = weakref.WeakKeyDictionary()  # tasks that run, by client
+        # By account; the client that was used last is the last one.
+        self._clients = collections.OrderedDict()
+        # The assigned clients that were used in this process.
+        self._adopted = weakref.WeakSet()
+        # The refreshes of access tokens that are in progress: tasks by client.
+        self.refreshes = weakref.WeakKeyDictionary()
 
     def client(self, account):
         """Return the client of the account, or make one."""
@@ -2048,16 +2049,11 @@ class _Retry:
 
 def _log_attempt(retry, route, path):
     """Log a failure after which the request is sent again."""
-    logger.log(
-        logging.INFO if retry.attempts == 1 else logging.WARNING,
-        "%s of %r failed at attempt %d: %s%s. Next attempt in %.1f s.",
-        route,
-        path,
-        retry.attempts,
-        retry.failure.reason,
-        f", {asks}" if (asks := retry.failure.describe_retry_after()) else "",
-        retry.pause,
-    )
+    level = logging.INFO if retry.attempts == 1 else logging.WARNING
+    asks = retry.failure.describe_retry_after()
+    reason = f"{retry.failure.reason}, {asks}" if asks else retry.failure.reason
+    message = "%s of %r failed at attempt %d: %s. Next attempt in %.1f s."
+    logger.log(level, message, route, path, retry.attempts, reason, retry.pause)
 
 
 # -- What a failure means --------------------------------------------------------------

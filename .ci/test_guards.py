@@ -14,7 +14,6 @@ import gc
 import gzip
 import hashlib
 import http.client
-import importlib
 import io
 import itertools
 import json
@@ -67,6 +66,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
+try:
+    import tracemalloc
+except ImportError:
+    tracemalloc = None
 
 from test_dropbox_storage import (  # noqa: F401
     HASH_BLOCK,
@@ -373,6 +377,7 @@ class SinkAccount(FakeAccount):
 ZEROS = bytes(4 * MiB)
 
 
+@unittest.skipUnless(tracemalloc, "PyPy has no tracemalloc")
 class MemoryTests(StorageTestCase):
     """However large a file is, it is never in memory as a whole. At true size."""
 
@@ -385,7 +390,6 @@ class MemoryTests(StorageTestCase):
         self.addCleanup(sizes.__exit__, None, None, None)
 
     def peak(self, act):
-        tracemalloc = importlib.import_module("tracemalloc")  # CPython has it
         tracemalloc.start()
         try:
             act()
@@ -1071,11 +1075,11 @@ class FailureTests(StorageTestCase):
                         with self.refused(route, answers(status, body.encode())):
                             self.storage.exists("a")
 
+    @unittest.skipUnless(tracemalloc, "PyPy has no tracemalloc")
     def test_of_a_refusal_a_part_is_read(self):
         bomb = gzip.compress(bytes(50 * MiB))
         for body, encoding in ((b"x" * MiB, "identity"), (bomb, "gzip")):
             fault = answers(400, body, **{"content-encoding": encoding})
-            tracemalloc = importlib.import_module("tracemalloc")
             tracemalloc.start()
             with self.refused("files/get_metadata", fault) as caught:
                 self.storage.exists("a")
