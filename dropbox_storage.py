@@ -515,12 +515,9 @@ class DropboxStorage(django_storage.Storage):
         handler = getattr(django_storage, "storages", None)  # since Django 4.2
         entries = handler.backends if handler else {}
         aliases = [alias for alias in entries if self._is_built_by(entries[alias])]
-        wanted = self.deconstruct()[1:]
-        equal = [
-            handler[alias]
-            for alias in aliases
-            if handler[alias].deconstruct()[1:] == wanted
-        ]
+        storages = [handler[alias] for alias in aliases]
+        wanted = self._constructor_args
+        equal = [one for one in storages if one._constructor_args == wanted]
         accounts = [account for account in map(_Account, equal) if not account.is_empty]
         return accounts[0] if len({one.digest for one in accounts}) == 1 else None
 

@@ -1407,8 +1407,9 @@ class OptionTests(StorageTestCase):
                             storage.exists("a")
                 else:
                     DropboxStorage(**options)
-        with self.raises(ImproperlyConfigured, neither):
-            DropboxStorage().exists("a")
+        for storage in (DropboxStorage(), type("Inner", (DropboxStorage,), {})()):
+            with self.raises(ImproperlyConfigured, neither):
+                storage.exists("a")
 
     def test_a_bad_credential_is_described_and_not_shown(self):
         must = "must be printable ASCII without spaces, quotes and backslashes: found"
