@@ -1714,8 +1714,8 @@ class _Session:
         except DropboxStorageException as error:
             # If a response was lost, the session may have the chunk, and refuse it now.
             refusals = ("closed", "incorrect_offset")
-            is_there = any(_has_words(error.reason, words) for words in refusals)
-            if not (is_there and error.failure.is_lost):
+            has_arrived = any(_has_words(error.reason, words) for words in refusals)
+            if not (has_arrived and error.failure.is_lost):
                 raise
         return content
 
@@ -2070,8 +2070,9 @@ NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 # The words of the reasons after which the same request may succeed later.
 TRANSIENT = ("too_many_write_operations", "content_hash_mismatch")
 
-# Words of Dropbox's answer, or of a network error, that are known: what to do, and
-# whether only the owner of the account, the app or the server can do that. Such a
+# What to do about a failure that is known by its words.
+# words: in Dropbox's answer, or in the text of a network error.
+# is_for_owner: only the owner of the account, the app or the server can do it. Such a
 # failure is logged as an error.
 # context: the beginning of the route, or REFRESHING if there is a refresh token.
 _Hint = collections.namedtuple("_Hint", "words advice is_for_owner context")
@@ -2158,7 +2159,8 @@ HINTS = (
     _owner_hint("bad header", "a token or header of the client is no printable ASCII"),
 )
 
-# Packages of which a frame raises an error if Dropbox's answer cannot be read.
+# If one of these packages raises an error of Python's own classes, Dropbox's answer
+# could not be read.
 LIBRARIES = ("dropbox", "stone", "requests", "urllib3", "json", "simplejson", "http")
 
 
@@ -2167,7 +2169,7 @@ class _BadResponse(Exception):
 
 
 class _RequestError(Exception):
-    """A request failed, as the failure tells."""
+    """The refresh of the token has failed, in another thread."""
 
     def __init__(self, failure):
         super().__init__(failure.reason)
@@ -2244,9 +2246,9 @@ def _explain(error, client):
         return _Failure(name, "bad address")
     if package in LIBRARIES:
         # The CA certificates are missing, or a header is not ASCII.
-        is_mine = isinstance(error, (OSError, UnicodeEncodeError))
+        is_local = isinstance(error, (OSError, UnicodeEncodeError))
         text = _printable(_redact(str(error), client))
-        return _Failure(name, text, is_transient=not is_mine, is_lost=not is_mine)
+        return _Failure(name, text, is_transient=not is_local, is_lost=not is_local)
     return None
 
 
