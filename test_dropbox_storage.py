@@ -1228,10 +1228,7 @@ OVERWRITE, UPDATE = {"write_mode": "overwrite"}, {"write_mode": "update"}
 OPERATIONS = {
     "save": ({}, save("new", b"new")),
     "save large": ({}, save("new", LARGE)),
-    "save a taken name": (
-        {},
-        lambda storage: storage._save("a", ContentFile(b"x"))[:2],
-    ),
+    "save a taken name": ({}, lambda storage: storage.save("a", ContentFile(b"x"))[:2]),
     "overwrite": (OVERWRITE, save("a", b"new")),
     "update": (UPDATE, save("a", b"new")),
     "update large": (UPDATE, save("a", LARGE)),
@@ -1270,45 +1267,39 @@ ROUTE_REFUSALS = {
     "oauth2/token": (),
 }
 
-# What is refused, and what the message says of it after the route and the path.
-TICK = "tick it under Permissions in the App Console, authorize again"
-TOLD = {
-    "/path/insufficient_space": "path/insufficient_space (the account is full; free or buy space)",
-    "/path/no_write_permission": "path/no_write_permission (the account may only read there; "
-    "change root_path)",
-    "/path/disallowed_name": "path/disallowed_name (Dropbox reserves that name; "
-    "get_valid_name() mends it)",
-    "/path/malformed_path": "path/malformed_path (a name must not hold a backslash, NUL or DEL, "
-    "end with a space or have more than 255 characters; some accounts allow no emoji)",
-    "/path/team_folder": "path/team_folder (a team folder is changed in the team's Admin Console)",
-    "/path/operation_suppressed": "path/operation_suppressed (Dropbox blocks this now; look into "
-    "the account's web site)",
-    "/path/restricted_content": "path/restricted_content (Dropbox blocks this file for legal "
-    "reasons)",
-    "/path/access_restricted": "path/access_restricted (the owner or the team restricts access "
-    "to this file)",
-    "/path/unsupported_file": "path/unsupported_file (a Paper document has no bytes and no links; "
-    "export it)",
-    "/too_many_files": "too_many_files (the folder is too large; delete its files in several steps)",
-    "/email_not_verified": "email_not_verified (verify the account's e-mail address)",
+# What is refused, and what the message says of it after the route and the path. The
+# hint that follows is the module's own: one that fits these words.
+SAID = {
+    "/path/insufficient_space": "path/insufficient_space",
+    "/path/no_write_permission": "path/no_write_permission",
+    "/path/disallowed_name": "path/disallowed_name",
+    "/path/malformed_path": "path/malformed_path",
+    "/path/team_folder": "path/team_folder",
+    "/path/operation_suppressed": "path/operation_suppressed",
+    "/path/restricted_content": "path/restricted_content",
+    "/path/access_restricted": "path/access_restricted",
+    "/path/unsupported_file": "path/unsupported_file",
+    "/too_many_files": "too_many_files",
+    "/email_not_verified": "email_not_verified",
+    "missing_scope": "missing_scope files.x",
+    "app_scope": "HTTP 400 The app does not have the required scope 'files.x'.",
+    "suspended": "user_suspended",
+    "select_user": "invalid_select_user",
+    "no_permission": "no_permission",
+    "sandbox": "HTTP 400 Path root is not supported for sandbox app",
+    "invalid_token": "invalid_access_token",
+    "expired_token": "expired_access_token",
+    "account_type": "invalid_account_type/feature",
+    "route_access": "route_access_denied",
+}
+# Those without a hint.
+SAID_ALONE = {
     "/brand/new/tags": "brand/new/tags",
     "/other": "other",
-    "missing_scope": f"missing_scope files.x ({TICK})",
-    "app_scope": f"HTTP 400 The app does not have the required scope 'files.x'. ({TICK})",
-    "suspended": "user_suspended (the account is suspended; its owner or team can reactivate it)",
-    "select_user": "invalid_select_user (team_member_id must be a member of the app's team)",
-    "no_permission": "no_permission (the account has no access to namespace_id)",
-    "sandbox": "HTTP 400 Path root is not supported for sandbox app (an app with an App folder "
-    "cannot use namespace_id)",
-    "invalid_token": "invalid_access_token (oauth2_access_token is wrong, revoked or of another app)",
-    "expired_token": "expired_access_token ('sl.' tokens live four hours; set "
-    "oauth2_refresh_token)",
     "bad_input": "HTTP 400 Error in call to API function: bad input",
     "list": 'HTTP 400 ["no object"]',
     "redirect": "HTTP 307",
     "no_route": "HTTP 404 Unknown API function",
-    "account_type": "invalid_account_type/feature (the account's plan does not include this)",
-    "route_access": "route_access_denied (the app or its team does not allow this call)",
 }
 
 
@@ -1930,7 +1921,7 @@ class SavingTests(StorageTestCase):
 
     def test_a_folder_that_has_taken_the_name_meanwhile(self):
         self.account.put("/a/b")
-        self.assertRegex(self.storage._save("a", ContentFile(b"x")), r"^a_\w{7}$")
+        self.assertRegex(self.storage.save("a", ContentFile(b"x")), r"^a_\w{7}$")
         storage = self.account.storage(write_mode="overwrite")
         with self.assertRaises(IsADirectoryError):
             storage.save("a", ContentFile(b"x"))
@@ -2157,7 +2148,7 @@ class NameTests(StorageTestCase):
         ):
             storage = self.account.storage(root_path=root)
             for call in (
-                lambda: storage._save(name, content),
+                lambda: storage.save(name, content),
                 lambda: storage.save(name, content),
                 lambda: storage.open(name),
                 lambda: storage.open(name, "wb"),
@@ -3506,9 +3497,13 @@ class FaultTests(StorageTestCase):
 
 class ErrorTests(StorageTestCase):
     def test_permanent_failures_say_what_to_do(self):
-        for kind, told in TOLD.items():
+        plain = [hint for hint in module.HINTS if not hint.context]
+        for kind, told in {**SAID, **SAID_ALONE}.items():
             route = "files/get_metadata"
-            message = f"{route} of '/a' failed: {told}."
+            hints = [hint for hint in plain if hint.words in told]
+            self.assertEqual(len(hints), kind in SAID, kind)
+            advice = "".join(f" ({hint.advice})" for hint in hints)
+            message = f"{route} of '/a' failed: {told}{advice}."
             with self.subTest(kind), self.costs(route), self.failing(route, kind):
                 with self.raises(DropboxStorageException, message) as caught:
                     self.storage.exists("a")
@@ -3568,7 +3563,7 @@ class ErrorTests(StorageTestCase):
     def test_names_that_dropbox_refuses(self):
         for name in ("a\x7fb", "a\\b\x7f"):
             with self.assertRaisesRegex(DropboxStorageException, "DEL"):
-                self.storage._save(name, ContentFile(b"x"))
+                self.storage.save(name, ContentFile(b"x"))
 
 
 # -- The view --------------------------------------------------------------------------

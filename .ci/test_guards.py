@@ -1437,7 +1437,7 @@ class SecretTests(StorageTestCase):
         storage = self.account.storage(**REFRESHING)
         for route in ("oauth2/token", "files/upload"):
             with self.refused(route, "redirect") as caught:
-                storage._save("a", ContentFile(b"x"))
+                storage.save("a", ContentFile(b"x"))
             self.assertEqual(caught.exception.reason, "HTTP 307")
         self.assertEqual(self.account.calls["files/upload"], 1)
 
