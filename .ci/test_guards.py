@@ -2672,7 +2672,7 @@ class PauseTests(StorageTestCase):
             self.clock.now += 100
 
         with self.refused("*", slow, times=99):
-            with self.costs("files/get_metadata", "files/get_metadata"):
+            with self.costs(*["files/get_metadata"] * 3):
                 self.account.storage(max_wait=150).exists("a")
 
     def test_without_waiting_there_is_one_attempt(self):
