@@ -1,9 +1,9 @@
 """Keep the files of a Django project in Dropbox.
 
     # settings.py
-    DROPBOX_OAUTH2_REFRESH_TOKEN = os.environ["DROPBOX_OAUTH2_REFRESH_TOKEN"]
-    DROPBOX_APP_KEY = os.environ["DROPBOX_APP_KEY"]
-    DROPBOX_APP_SECRET = os.environ["DROPBOX_APP_SECRET"]
+    DROPBOX_OAUTH2_REFRESH_TOKEN = os.environ.get("DROPBOX_OAUTH2_REFRESH_TOKEN")
+    DROPBOX_APP_KEY = os.environ.get("DROPBOX_APP_KEY")
+    DROPBOX_APP_SECRET = os.environ.get("DROPBOX_APP_SECRET")
     STORAGES = {
         "default": {"BACKEND": "dropbox_storage.DropboxStorage"},
         ...
@@ -146,6 +146,12 @@ WRITE_MODES = ("add", "overwrite", "update")
 
 # Of two tokens that are set at the same place, the refresh token is used.
 CREDENTIALS = ("oauth2_access_token", "oauth2_refresh_token", "app_key", "app_secret")
+
+# The options that make a client.
+ACCOUNT_OPTIONS = (*CREDENTIALS, "timeout", "namespace_id", "team_member_id")
+
+# What to do about an access token that begins with "sl.".
+SHORT_LIVED = "'sl.' tokens live four hours; set oauth2_refresh_token"
 
 # Kinds of parameters to which positional arguments belong.
 POSITIONAL = (
@@ -300,11 +306,8 @@ class _Account:
     """The options that make a client. It keeps them out of reports: it has no repr."""
 
     def __init__(self, storage):
-        for name in CREDENTIALS:
+        for name in ACCOUNT_OPTIONS:
             setattr(self, name, OPTIONS[name].read(storage))
-        self.timeout = OPTIONS["timeout"].read(storage)
-        self.namespace_id = OPTIONS["namespace_id"].read(storage)
-        self.team_member_id = OPTIONS["team_member_id"].read(storage)
 
     @property
     def is_empty(self):
@@ -350,8 +353,7 @@ class _Account:
         if self.team_member_id:
             headers["Dropbox-API-Select-User"] = self.team_member_id
         if str(self.oauth2_access_token).startswith("sl."):
-            advice = "'sl.' tokens live four hours; set oauth2_refresh_token"
-            logger.warning("oauth2_access_token: %s.", advice)
+            logger.warning("oauth2_access_token: %s.", SHORT_LIVED)
         return dropbox.Dropbox(
             **{name: getattr(self, name) for name in CREDENTIALS},
             headers=headers,
@@ -460,8 +462,7 @@ class DropboxStorage(django_storage.Storage):
         computed = {name for name in OPTIONS if OPTIONS[name].is_computed(self)}
         for name in OPTIONS.keys() - computed:
             OPTIONS[name].read(self)
-        needed = {*CREDENTIALS, "timeout", "namespace_id", "team_member_id"}
-        if not computed & needed:
+        if computed.isdisjoint(ACCOUNT_OPTIONS):
             account = _Account(self)
             if not account.is_empty:
                 account.check()
@@ -540,7 +541,7 @@ class DropboxStorage(django_storage.Storage):
         return DropboxFile(name, self, mode)
 
     def save(self, name, content, max_length=None):
-        if self._option("write_mode") != "add" or not self._names_itself():
+        if self._option("write_mode") != "add" or not self._has_default_naming():
             return super().save(name, content, max_length)
         if not hasattr(content, "chunks"):
             content = File(content, name)
@@ -643,7 +644,7 @@ class DropboxStorage(django_storage.Storage):
 
     # -- Transfers, names and metadata --
 
-    def _names_itself(self):
+    def _has_default_naming(self):
         """Whether nobody overrides the methods that decide on a new name."""
         names = ("exists", "get_available_name", "is_name_available", "_save")
         return all(
@@ -674,7 +675,7 @@ class DropboxStorage(django_storage.Storage):
                 refusals[name] += 1
                 if refusals[name] == SAME_NAME_ATTEMPTS:
                     raise
-            if self._assumes_free_name:  # now it is known: ask for another one
+            if self._assumes_free_name:  # it is taken: ask for another one at once
                 self._assumes_free_name = False
                 folder, name = posixpath.split(name)
                 other = self.get_alternative_name(*posixpath.splitext(name))
@@ -1073,8 +1074,8 @@ class _Draft:
     def _fill(self, download):
         """Copy what is downloaded to the temporary file; return its revision."""
         with io.BufferedReader(download, READ_SIZE) as source:
-            with open(self._temporary.fileno(), "wb", closefd=False) as copy:
-                copy.writelines(iter(functools.partial(source.read, READ_SIZE), b""))
+            with open(self._temporary.fileno(), "wb", closefd=False) as target:
+                target.writelines(iter(functools.partial(source.read, READ_SIZE), b""))
             self._original = download.content
         self._temporary.seek(0)
         return download.revision
@@ -1373,9 +1374,8 @@ class _Blocks:
         for one in range(number, min(number + ahead - 1, last) + 1):
             # Each use puts these blocks behind the others, which are dropped first.
             block = self._memory.pop(one, None)
-            if (
-                block is not None and block.has_failed
-            ):  # in an outage, before it is read
+            # A block may have failed in an outage, before it was needed.
+            if block is not None and block.has_failed:
                 block.cancel()
                 block = None
             self._memory[one] = block or self._load(one)
@@ -2090,7 +2090,7 @@ def _owner_hint(words, advice, context=""):
 TICK = "tick it under Permissions in the App Console, authorize again"
 HINTS = (
     _hint(EXPIRED, "a token that Dropbox has just given is refused", REFRESHING),
-    _owner_hint(EXPIRED, "'sl.' tokens live four hours; set oauth2_refresh_token"),
+    _owner_hint(EXPIRED, SHORT_LIVED),
     _owner_hint(
         INVALID,
         "a token that Dropbox has just given is refused; authorize the app again",
@@ -2253,7 +2253,7 @@ def _explain(error, client):
 
 
 def _explain_network_error(name, error, client):
-    text = _redact(str(error), client)
+    text = _redact_proxies(_redact(str(error), client), client)
     if isinstance(error, ValueError) and name != "JSONDecodeError":
         # The text of such an error may show the password of a proxy, or a token.
         return _Failure(name, "bad header" if "Header" in name else "bad address")
@@ -2340,19 +2340,23 @@ def _has_words(text, words):
 
 
 def _redact(text, client):
-    """Return the text without credentials of the client and passwords of proxies."""
+    """Return the text without credentials of the client."""
     for name in CREDENTIALS:
         secret = getattr(client, f"_{name}")
         for part in _find_parts(secret) if secret else ():
             text = text.replace(part, "***")
-    if "roxy" in text or "@" in text:
-        from requests.utils import getproxies
+    return text
 
-        proxies = {**getproxies(), **client._session.proxies}
-        for proxy in proxies.values():
-            user = str(proxy).rpartition("@")[0].rpartition("//")[2]
-            for part in re.findall(r"[^:/]{3,}", user):
-                text = text.replace(part, "***")
+
+def _redact_proxies(text, client):
+    """Return the text without users and passwords of proxies."""
+    from requests.utils import getproxies
+
+    proxies = {**getproxies(), **client._session.proxies}
+    for proxy in proxies.values():
+        user = str(proxy).rpartition("@")[0].rpartition("//")[2]
+        for part in re.findall(r"[^:/]{3,}", user):
+            text = text.replace(part, "***")
     return text
 
 
