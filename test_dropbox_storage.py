@@ -326,8 +326,10 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         """Yield a Counter that holds, after the block, the calls made inside it."""
         before = self.calls.copy()
         counted: collections.Counter[str] = collections.Counter()
-        yield counted
-        counted.update(self.calls - before)
+        try:
+            yield counted
+        finally:
+            counted.update(self.calls - before)
 
     def create_session(self, *args: Any, **kwargs: Any) -> requests.Session:
         """Return a session that reaches nothing but this account."""
