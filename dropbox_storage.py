@@ -34,7 +34,6 @@ import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import logging
 import os
@@ -115,6 +114,10 @@ KEPT_CLIENTS = 1000
 # Seconds before the end of an access token in which it is refreshed, as the SDK does.
 REFRESH_EARLY = 300
 
+# Seconds after an early refresh that failed until another one, unless Dropbox asks for
+# more.
+REFRESH_PAUSE = 30
+
 # Seconds. The longest pause between two attempts, unless Dropbox asks for a longer one.
 MAX_PAUSE = 15
 
@@ -145,19 +148,16 @@ LINK_REQUEST_LIFE = 300
 WRITE_MODES = ("add", "overwrite", "update")
 
 # Of two tokens that are set at the same place, the refresh token is used.
+TOKENS = ("oauth2_refresh_token", "oauth2_access_token")
 CREDENTIALS = ("oauth2_access_token", "oauth2_refresh_token", "app_key", "app_secret")
 
-# The options that make a client.
-ACCOUNT_OPTIONS = (*CREDENTIALS, "timeout", "namespace_id", "team_member_id")
+# What deconstruct() puts in the place of an argument that holds a credential.
+HIDDEN = "***"
+
+NOT_GIVEN = object()  # the access token, if the constructor has no such argument
 
 # What to do about an access token that begins with "sl.".
 SHORT_LIVED = "'sl.' tokens live four hours; set oauth2_refresh_token"
-
-# Kinds of parameters to which positional arguments belong.
-POSITIONAL = (
-    inspect.Parameter.POSITIONAL_ONLY,
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-)
 
 # What django-storages calls while its storage works, and what takes its place here.
 FOREIGN_HOOKS = {
@@ -238,8 +238,10 @@ class _Option:
         attribute = inspect.getattr_static(type(storage), self.name)
         return attribute is not self and hasattr(attribute, "__get__")
 
-    def distance(self, storage):
-        """How far the value is set from the instance: 0, or 1 and more for classes."""
+    def place(self, storage):
+        """Return how far the value is set from the storage: 0 is the storage itself,
+        higher numbers are its classes. DropboxStorage stands for the settings.
+        """
         places = [vars(storage), *map(vars, type(storage).__mro__)]
         return [self.name in place for place in places].index(True)
 
@@ -247,13 +249,22 @@ class _Option:
 # The functions below check and clean the values of options.
 
 
+TEXT = r"[!#-&(-[\]-~]+"
+
+
 def _text(value):
     # An unset environment variable often arrives as an empty string.
     if not value:
         return None
-    if isinstance(value, str) and re.fullmatch(r"[!#-&(-[\]-~]+", value):
+    if isinstance(value, str) and re.fullmatch(TEXT, value):
         return value
     raise ValueError("printable ASCII without spaces, quotes and backslashes")
+
+
+def _refresh_token(value):
+    if str(value).startswith("sl."):
+        raise ValueError("the refresh_token of Dropbox's answer")
+    return _text(value)
 
 
 def _describe_credential(value):
@@ -262,6 +273,8 @@ def _describe_credential(value):
         return f"a value of type {type(value).__name__}"
     if value != value.rstrip():
         return "a line break or a blank at its end"
+    if re.fullmatch(TEXT, value):
+        return "an access token, which begins with 'sl.'"
     return "another character, which is not shown"
 
 
@@ -303,65 +316,68 @@ def _one_of(value, choices):
 
 
 class _Account:
-    """The options that make a client. It keeps them out of reports: it has no repr."""
+    """The credentials that a storage uses. It has no repr, so no report shows them.
+
+    Of the places that set a token, the nearest to the storage decides, also if its
+    value is empty: a tenant without a token must not use the account of the site.
+    """
 
     def __init__(self, storage):
-        for name in ACCOUNT_OPTIONS:
-            setattr(self, name, OPTIONS[name].read(storage))
+        places = {name: OPTIONS[name].place(storage) for name in TOKENS}
+        nearest = min(places.values())
+        self.oauth2_access_token = None
+        self.oauth2_refresh_token = None
+        for name in TOKENS:
+            if places[name] == nearest and not self.oauth2_refresh_token:
+                setattr(self, name, OPTIONS[name].read(storage))
+        self.app_key = OPTIONS["app_key"].read(storage)
+        self.app_secret = OPTIONS["app_secret"].read(storage)
 
     @property
-    def is_empty(self):
-        return not any(getattr(self, name) for name in CREDENTIALS)
+    def is_hidden(self):
+        """Whether deconstruct() has left out one of the credentials."""
+        return HIDDEN in vars(self).values()
 
     @property
     def digest(self):
-        """A key for these options that does not show them."""
+        """A key for these credentials that does not show them."""
         return hashlib.sha256(repr(vars(self)).encode()).hexdigest()
 
-    def check(self):
+    def check(self, storage):
         """Raise ImproperlyConfigured for credentials that cannot work together."""
-        if str(self.oauth2_refresh_token).startswith("sl."):
-            message = "is an access token; copy refresh_token from the same answer."
-            raise ImproperlyConfigured(f"oauth2_refresh_token {message}")
         has_token = bool(self.oauth2_refresh_token or self.oauth2_access_token)
         missing = [] if has_token else ["oauth2_refresh_token"]
-        if not self.app_key and (self.oauth2_refresh_token or missing):
+        if not self.app_key and not self.oauth2_access_token:
             missing.append("app_key")
         if missing:
             missing = [f"{name} ({OPTIONS[name].setting})" for name in missing]
+            reason = "" if has_token else _describe_empty_token(storage)
             raise ImproperlyConfigured(
-                f"{' and '.join(missing)} not set: set oauth2_refresh_token, app_key "
-                "and app_secret (an app that uses PKCE has no secret), or else "
+                f"{' and '.join(missing)} not set{reason}: set oauth2_refresh_token, "
+                "app_key and app_secret (an app that uses PKCE has no secret), or else "
                 "oauth2_access_token (DROPBOX_OAUTH2_TOKEN)."
             )
 
-    def choose_token(self, storage):
-        """Keep one of two tokens: the one that is set nearer to the instance."""
-        access, refresh = (OPTIONS[name].distance(storage) for name in CREDENTIALS[:2])
-        if self.oauth2_access_token and access < refresh:
-            self.oauth2_refresh_token = None
-        if self.oauth2_refresh_token:
-            self.oauth2_access_token = None
-
     def make_client(self, session):
-        import dropbox  # costs 0.25 s and 27 MB, too much for every management command
-
-        headers = {}
-        if self.namespace_id:
-            root = {".tag": "namespace_id", "namespace_id": self.namespace_id}
-            headers["Dropbox-API-Path-Root"] = json.dumps(root)
-        if self.team_member_id:
-            headers["Dropbox-API-Select-User"] = self.team_member_id
         if str(self.oauth2_access_token).startswith("sl."):
             logger.warning("oauth2_access_token: %s.", SHORT_LIVED)
-        return dropbox.Dropbox(
-            **{name: getattr(self, name) for name in CREDENTIALS},
-            headers=headers,
-            timeout=self.timeout,
+        return _client_class()(
+            **vars(self),
             session=session,
             max_retries_on_error=0,  # _Api.perform() alone repeats requests
             max_retries_on_rate_limit=0,
         )
+
+
+def _describe_empty_token(storage):
+    """Say where a token is set to nothing, so that the others do not count."""
+    place = min(OPTIONS[name].place(storage) for name in TOKENS)
+    if place == 0:
+        return f", as this {type(storage).__name__} object has an empty token"
+    kind = type(storage).__mro__[place - 1]
+    if kind is DropboxStorage:
+        return ""
+    return f", as class {kind.__name__} has an empty token"
 
 
 # -- The storage -----------------------------------------------------------------------
@@ -395,7 +411,7 @@ class DropboxStorage(django_storage.Storage):
     # An access token of the app. One that begins with "sl." is valid for four hours.
     oauth2_access_token = _Option("DROPBOX_OAUTH2_TOKEN", None, _text)
     # Valid until it is revoked. With the app's key it gives access tokens.
-    oauth2_refresh_token = _Option("DROPBOX_OAUTH2_REFRESH_TOKEN", None, _text)
+    oauth2_refresh_token = _Option("DROPBOX_OAUTH2_REFRESH_TOKEN", None, _refresh_token)
     app_key = _Option("DROPBOX_APP_KEY", None, _text)
     # An app that authorizes with PKCE has none.
     app_secret = _Option("DROPBOX_APP_SECRET", None, _text)
@@ -438,14 +454,14 @@ class DropboxStorage(django_storage.Storage):
     _max_length = None  # characters of the name
     _assumes_free_name = False  # whether it is sent without asking if it is taken
 
-    def __init__(self, oauth2_access_token=None, **options):
-        if oauth2_access_token is not None:
+    def __init__(self, oauth2_access_token=NOT_GIVEN, **options):
+        if oauth2_access_token is not NOT_GIVEN:
             options["oauth2_access_token"] = oauth2_access_token
         unknown = ", ".join(sorted(options.keys() - OPTIONS.keys() - {"location"}))
         hooks = [hook for hook in FOREIGN_HOOKS if hasattr(type(self), hook)]
         hooks += options.keys() & {"location"}
         vars(self).update(options)
-        self._arguments = _without_credentials(self._arguments, self, vars(self))
+        self._arguments = _hide_credentials(self._arguments, vars(self))
         del oauth2_access_token, options  # an error report shows this frame
         if hooks:
             raise ImproperlyConfigured(
@@ -455,21 +471,13 @@ class DropboxStorage(django_storage.Storage):
         if unknown:
             known = ", ".join(sorted(OPTIONS))
             raise ImproperlyConfigured(f"Unknown option {unknown}; there are {known}.")
-        self._check_options()
-
-    def _check_options(self):
-        """Raise ImproperlyConfigured for wrong options. Properties are not asked."""
-        computed = {name for name in OPTIONS if OPTIONS[name].is_computed(self)}
-        for name in OPTIONS.keys() - computed:
-            OPTIONS[name].read(self)
-        if computed.isdisjoint(ACCOUNT_OPTIONS):
-            account = _Account(self)
-            if not account.is_empty:
-                account.check()
+        for option in OPTIONS.values():
+            if not option.is_computed(self):
+                option.read(self)
 
     @property
     def _constructor_args(self):
-        """The arguments for deconstruct(), without those that hold credentials.
+        """The arguments for deconstruct(): "***" for each that holds a credential.
 
         @deconstructible sets this attribute, and replaces deconstruct() in each class.
         """
@@ -478,7 +486,7 @@ class DropboxStorage(django_storage.Storage):
             # A property may need a web request, which a migration does not have.
             with contextlib.suppress(Exception):
                 credentials[name] = getattr(self, name)
-        return _without_credentials(self._arguments, self, credentials)
+        return _hide_credentials(self._arguments, credentials)
 
     @_constructor_args.setter
     def _constructor_args(self, arguments):
@@ -491,36 +499,57 @@ class DropboxStorage(django_storage.Storage):
     def client(self):
         """The dropbox.Dropbox that sends the requests.
 
-        It is made when it is first used, once per process and set of options, for all
-        storages. You may assign another one, which then uses its own credentials.
+        It is made when it is used, and shares its connections and its token with those
+        of all storages of the process that have the same credentials. You may assign
+        another one, which then uses its own credentials, and its own headers.
         """
         if self._assigned_client is not None:
-            return _process().adopt(self._assigned_client)
+            return self._assigned_client
         account = _Account(self)
-        if account.is_empty:
-            account = self._registered_account() or account
-        account.check()
-        account.choose_token(self)
-        return _process().client(account)
+        if account.is_hidden:
+            account = self._registered_account()
+        account.check(self)
+        owner = _process().client(account)
+        client = copy.copy(owner)
+        client.owner = owner
+        client._timeout = self._option("timeout")
+        client._headers = self._headers
+        return client
 
     @client.setter
     def client(self, client):
         self._assigned_client = client
 
-    def _registered_account(self):
-        """Return the account of the storage in STORAGES that is equal to this one.
+    @property
+    def _headers(self):
+        """The headers of each request, for the namespace and the member of a team."""
+        headers = {}
+        if namespace := self._option("namespace_id"):
+            root = {".tag": "namespace_id", "namespace_id": namespace}
+            headers["Dropbox-API-Path-Root"] = json.dumps(root)
+        if member := self._option("team_member_id"):
+            headers["Dropbox-API-Select-User"] = member
+        return headers
 
-        Apps pass deconstruct() to a task, which builds the storage again; credentials
-        are not in it. Nothing is returned if equal storages have several accounts.
+    def _registered_account(self):
+        """Return the account of the entry in STORAGES that is equal to this storage.
+
+        Apps pass deconstruct() to a task, which builds the storage again: that has no
+        credentials. Raises ImproperlyConfigured if there is not exactly one account.
         """
         handler = getattr(django_storage, "storages", None)  # since Django 4.2
         entries = handler.backends if handler else {}
         aliases = [alias for alias in entries if self._is_built_by(entries[alias])]
         storages = [handler[alias] for alias in aliases]
-        wanted = self._constructor_args
-        equal = [one for one in storages if one._constructor_args == wanted]
-        accounts = [account for account in map(_Account, equal) if not account.is_empty]
-        return accounts[0] if len({one.digest for one in accounts}) == 1 else None
+        equal = [one for one in storages if one.deconstruct() == self.deconstruct()]
+        accounts = {account.digest: account for account in map(_Account, equal)}
+        if len(accounts) == 1 and not (account := accounts.popitem()[1]).is_hidden:
+            return account
+        raise ImproperlyConfigured(
+            f"The credentials of this {type(self).__name__} were left out when it was "
+            "written to a migration or handed to a task. One entry of STORAGES must "
+            "have this class, the same other options, and the credentials."
+        )
 
     def _is_built_by(self, entry):
         """Whether the entry of STORAGES has this class, under whatever path."""
@@ -767,29 +796,13 @@ class DropboxStorage(django_storage.Storage):
         return _CachedLink(cache, timeout, api.client, path)
 
 
-def _without_credentials(arguments, storage, credentials):
-    """Return (args, kwargs) of a constructor without what holds one of the credentials.
-
-    Arguments are left out by the name of their parameter, and by their value, at any
-    depth.
-    """
+def _hide_credentials(arguments, credentials):
+    """Return (args, kwargs) of a constructor with "***" for what holds a credential."""
     args, kwargs = arguments
     secrets = [repr(credentials[name]) for name in CREDENTIALS if credentials.get(name)]
-    parameters = inspect.signature(type(storage).__init__).parameters.values()
-    names = [one.name for one in parameters if one.kind in POSITIONAL]
-    hidden = [
-        name in CREDENTIALS or _holds_any(value, secrets)
-        for value, name in itertools.zip_longest(args, names[1 : len(args) + 1])
-    ]
-    while hidden and hidden[-1]:
-        hidden.pop()
-    args = [None if is_hidden else one for one, is_hidden in zip(args, hidden)]
-    kwargs = {
-        name: value
-        for name, value in kwargs.items()
-        if name not in CREDENTIALS and not _holds_any(value, secrets)
-    }
-    return tuple(args), kwargs
+    args = [HIDDEN if _holds_any(value, secrets) else value for value in args]
+    hidden = {name for name in kwargs if _holds_any(kwargs[name], secrets)}
+    return tuple(args), {**kwargs, **dict.fromkeys(hidden, HIDDEN)}
 
 
 def _holds_any(value, secrets):
@@ -1777,33 +1790,42 @@ class _Process:
         self._session = _make_session()
         # By account; the client that was used last is the last one.
         self._clients = collections.OrderedDict()
-        # The assigned clients that were used in this process.
-        self._adopted = weakref.WeakSet()
-        # The refreshes of access tokens that are in progress: tasks by client.
-        self.refreshes = weakref.WeakKeyDictionary()
+        self._tokens = weakref.WeakKeyDictionary()  # by client
 
     def client(self, account):
         """Return the client of the account, or make one."""
         key = account.digest
         client = self._clients.get(key)
         if client is None:
-            client = account.make_client(self._session)
-            client = self._clients.setdefault(key, client)
+            client = self._clients.setdefault(key, account.make_client(self._session))
+            self._tokens.setdefault(client, _Token())
         with contextlib.suppress(KeyError):  # another thread may have thrown it out
             self._clients.move_to_end(key)
         while len(self._clients) > KEPT_CLIENTS:
             self._clients.popitem(last=False)
         return client
 
-    def adopt(self, client):
-        """Return the client, which has been assigned.
+    def token(self, client):
+        """Return what the process knows of the access token of a client.
 
-        A forked process must not use the sockets that it shares with its parent.
+        A client that somebody has assigned may come from the parent of a forked
+        process, with which it must not share its connections.
         """
-        if client not in self._adopted:
+        if client not in self._tokens:
             client._session.close()  # which opens others when they are needed
-            self._adopted.add(client)
-        return client
+        return self._tokens.setdefault(client, _Token())
+
+
+class _Token:
+    """What a process knows of the access token that a client holds."""
+
+    def __init__(self):
+        # Held during a refresh. Only threads in the background wait for it: there, no
+        # exception of a signal handler can leave it locked.
+        self.lock = _thread.allocate_lock()
+        self.refreshes = 0  # how many have ended
+        self.failure = None  # of the last one
+        self.retry_at = 0  # seconds, on the monotonic clock: not refreshed early before
 
 
 _processes = {}  # by process id
@@ -1831,6 +1853,39 @@ def _leave_alone(request):
     return request
 
 
+@functools.cache
+def _client_class():
+    import dropbox  # costs 0.25 s and 27 MB, too much for every management command
+
+    class Client(dropbox.Dropbox):
+        """A client of the module's own. Its copies hand it the token that they refresh.
+
+        owner: the client of which this one is a copy.
+        """
+
+        owner = None
+
+        def refresh_access_token(self, *args, **kwargs):
+            super().refresh_access_token(*args, **kwargs)
+            _keep_token(self, _find_owner(self))
+
+    return Client
+
+
+def _find_owner(client):
+    """Return the client that keeps the access token of this one.
+
+    A copy that somebody has given another session is a client of its own.
+    """
+    owner = getattr(client, "owner", None) or client
+    return owner if owner._session is client._session else client
+
+
+def _keep_token(client, owner):
+    owner._oauth2_access_token = client._oauth2_access_token
+    owner._oauth2_access_token_expiration = client._oauth2_access_token_expiration
+
+
 class _Api:
     """The way to Dropbox for one operation: the client, and when to try again.
 
@@ -1839,6 +1894,8 @@ class _Api:
 
     def __init__(self, client, max_wait, first_wait):
         self.client = client
+        self._owner = _find_owner(client)
+        self._token = _process().token(self._owner)
         self.max_wait = max_wait
         self._first_wait = first_wait
 
@@ -1878,55 +1935,67 @@ class _Api:
     def request(self, headers=()):
         """Return a copy of the client for one request, with a live access token."""
         self._ensure_token()
-        request = _copy_client(self.client)
-        request._oauth2_refresh_token = None  # so that only _refresh_token() refreshes
+        request = _copy_client(self.client, self._owner)
+        request._oauth2_access_token = self._owner._oauth2_access_token
+        request._oauth2_refresh_token = None  # so that only _refresh() refreshes
         request._headers = {**(request._headers or {}), **dict(headers)}
         return request
 
     def _ensure_token(self):
         """Have the token refreshed if that is due, and wait if there is no valid one.
 
-        Whoever finds no refresh in progress starts one. It runs in the background, so
-        that no exception of a signal handler can interrupt it.
+        A refresh runs in the background, so that no exception of a signal handler can
+        interrupt it, and that nobody waits who still has a valid token.
         """
-        client = self.client
-        if not client._oauth2_refresh_token:
+        if not self._owner._oauth2_refresh_token:
             return
-        expiration = client._oauth2_access_token_expiration
+        expiration = self._owner._oauth2_access_token_expiration
         now = datetime.now(timezone.utc).replace(tzinfo=None)
         if expiration and expiration > now + timedelta(seconds=REFRESH_EARLY):
             return
-        refresh = _process().refreshes.get(client)
-        if refresh is None:
-            refresh = _Task()
-            refresh.start(_refresh_token, client, refresh)
-        if expiration and expiration > now:
+        is_valid = bool(expiration and expiration > now)
+        is_early = is_valid and time.monotonic() < self._token.retry_at
+        if is_early or (is_valid and self._token.lock.locked()):
             return
-        if not refresh.wait(client._timeout):
+        known = self._token.refreshes
+        refresh = _Task().start(_share_refresh, self.client, self._token, known)
+        if is_valid:
+            return
+        if not refresh.wait(self.client._timeout):
             raise _RequestError(_Failure("token refresh timed out", is_transient=True))
         if failure := refresh.result():
             raise _RequestError(failure)
 
 
-def _refresh_token(client, task):
-    """Let the SDK refresh the token of the client. Return None, or a _Failure.
+def _share_refresh(client, token, known):
+    """Refresh the token, unless somebody else has done so since `known` refreshes.
 
-    Of tasks that begin at the same time, one refreshes. The others wait for its result.
+    Returns None, or the _Failure for all who wait: threads must not share an exception,
+    whose traceback grows in each.
     """
-    refreshes = _process().refreshes
-    first = refreshes.setdefault(client, task)
-    if first is not task:
-        return first.result()
+    with token.lock:
+        if token.refreshes == known:
+            token.failure = _refresh(client)
+            pause = (
+                max(REFRESH_PAUSE, token.failure.retry_after) if token.failure else 0
+            )
+            token.retry_at = time.monotonic() + pause
+            token.refreshes += 1
+        return token.failure
+
+
+def _refresh(client):
+    """Let the SDK refresh the access token. Return None, or a _Failure."""
+    owner = _find_owner(client)
     try:
-        request = _copy_client(client)
+        request = _copy_client(client, owner)
+        request._oauth2_access_token_expiration = None
         request.check_and_refresh_access_token()
         if not _is_token(request._oauth2_access_token):
             raise _BadResponse("the answer holds no access token")
-        client._oauth2_access_token = request._oauth2_access_token
-        client._oauth2_access_token_expiration = request._oauth2_access_token_expiration
+        _keep_token(request, owner)
         return None
     except BaseException as error:
-        # Threads must not share an exception, whose traceback grows in each.
         _clear_frames(error)
         failure = _explain(error, client)
         if failure is None:
@@ -1934,8 +2003,6 @@ def _refresh_token(client, task):
         # Who waits for it raises it; an early refresh has nobody who waits.
         logger.info("The access token was not refreshed: %s.", failure.reason)
         return failure
-    finally:
-        refreshes.pop(client, None)
 
 
 def _is_token(token):
@@ -1944,7 +2011,7 @@ def _is_token(token):
     return False
 
 
-def _copy_client(client):
+def _copy_client(client, owner):
     """Return a copy of the client whose session raises HttpError for a refusal.
 
     That comes before the SDK decodes or repeats it, and before requests follows a
@@ -1956,7 +2023,7 @@ def _copy_client(client):
     vars(request._session).update(vars(session))
     hooks = (session.hooks or {}).get("response") or []
     hooks = [hooks] if callable(hooks) else [*hooks]
-    check = functools.partial(_check_response, client)
+    check = functools.partial(_check_response, owner)
     request._session.hooks = {"response": [*hooks, check]}
     return request
 

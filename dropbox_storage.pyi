@@ -64,7 +64,7 @@ class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
     def __new__(cls, *args: Any, **kwargs: Any) -> Self: ...
     def __init__(
         self,
-        oauth2_access_token: str | None = None,
+        oauth2_access_token: str | None = ...,
         *,
         oauth2_refresh_token: str | None = ...,
         app_key: str | None = ...,

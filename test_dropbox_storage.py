@@ -1392,18 +1392,16 @@ class OptionTests(StorageTestCase):
             ({**secret}, neither),
         ):
             with self.subTest(options):
+                storage = DropboxStorage(**options)  # a migration has no more
                 if message:
                     with self.raises(ImproperlyConfigured, message):
-                        DropboxStorage(**options)
+                        storage.exists("a")
                     names = {
                         module.OPTIONS[name].setting: options[name] for name in options
                     }
-                    storage = DropboxStorage()
                     with override_settings(**names):
                         with self.raises(ImproperlyConfigured, message):
-                            storage.exists("a")
-                else:
-                    DropboxStorage(**options)
+                            DropboxStorage().exists("a")
         for storage in (DropboxStorage(), type("Inner", (DropboxStorage,), {})()):
             with self.raises(ImproperlyConfigured, neither):
                 storage.exists("a")
@@ -1459,7 +1457,8 @@ class OptionTests(StorageTestCase):
     def test_a_refresh_token_that_is_an_access_token_is_refused(self):
         with self.raises(
             ImproperlyConfigured,
-            "oauth2_refresh_token is an access token; copy refresh_token from the same answer.",
+            "oauth2_refresh_token (or DROPBOX_OAUTH2_REFRESH_TOKEN) must be the refresh_token "
+            "of Dropbox's answer: found an access token, which begins with 'sl.'.",
         ):
             DropboxStorage(oauth2_refresh_token="sl.x", app_key="k", app_secret="s")
 
@@ -1592,14 +1591,6 @@ class ConfigurationTests(StorageTestCase):
         self.assertIn("oauth2/token", self.account.calls)
         self.assertEqual(self.account.timeouts, {7})
 
-    def test_a_changed_option_makes_a_new_client(self):
-        storage = DropboxStorage()
-        with override_settings(DROPBOX_OAUTH2_TOKEN="one"):
-            first = storage.client
-            self.assertIs(storage.client, first)
-        with override_settings(DROPBOX_OAUTH2_TOKEN="two"):
-            self.assertIsNot(storage.client, first)
-
     def test_an_assigned_client_is_used_with_its_own_credentials(self):
         storage = DropboxStorage()
         storage.client = FakeDropbox(self.account)
@@ -1698,58 +1689,228 @@ class ConfigurationTests(StorageTestCase):
         }
         return override_settings(STORAGES={**settings.STORAGES, **entries})
 
-    @unittest.skipUnless(HAS_STORAGES, "STORAGES came with Django 4.2")
-    def test_a_storage_that_is_built_again_in_a_task_has_its_credentials(self):
-        """As Wagtail deletes files, and django-pictures makes them."""
-        token = {"oauth2_access_token": "valid-token"}
-        with self.storages(
-            media={**token, "timeout": 9}, other={**token, "timeout": 8}
-        ):
-            storage = django_storage.storages["media"]
-            self.save("a", b"x", self.account.connect(storage))
-            path, args, kwargs = pickle.loads(pickle.dumps(storage.deconstruct()))
-            self.assertEqual((args, kwargs), ((), {"timeout": 9}))
-            rebuilt = import_string(path)(*args, **kwargs)
-            self.account.connect(rebuilt).delete("a")
-            self.holds({})
-            with self.assertRaisesRegex(ImproperlyConfigured, "not set"):
-                import_string(path)(timeout=7).delete("a")
-            with self.assertRaisesRegex(ImproperlyConfigured, "not set"):
-                DropboxStorage(timeout=9).delete("a")
-
-    @unittest.skipUnless(HAS_STORAGES, "STORAGES came with Django 4.2")
-    def test_an_entry_is_found_by_its_class_and_not_by_its_path(self):
-        entries = {
-            "exported": {
-                "BACKEND": f"{__name__}.ExportedStorage",
-                "OPTIONS": {"oauth2_access_token": "valid-token"},
-            },
-            "missing": {"BACKEND": "not_installed.Storage"},
-            "other": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
-        }
-        with override_settings(STORAGES={**settings.STORAGES, **entries}):
-            self.assertFalse(CallableStorage().exists("a"))
-
     @unittest.skipIf(HAS_STORAGES, "for older versions of Django")
     def test_before_django_4_2_a_setting_of_the_future_is_ignored(self):
         entry = {"BACKEND": BACKEND, "OPTIONS": {"oauth2_access_token": "valid-token"}}
         with override_settings(STORAGES={"default": entry}):
-            with self.assertRaisesRegex(ImproperlyConfigured, "not set"):
-                DropboxStorage().exists("a")
+            with self.assertRaisesRegex(ImproperlyConfigured, "were left out"):
+                DropboxStorage(oauth2_access_token="***").exists("a")
+
+
+class AccountTests(StorageTestCase):
+    """Whose account a storage uses: of the place nearest to it that names a token."""
+
+    settings = {
+        "DROPBOX_OAUTH2_TOKEN": "site-token",
+        "DROPBOX_OAUTH2_REFRESH_TOKEN": "site-refresh",
+        "DROPBOX_APP_KEY": "app-key",
+        "DROPBOX_APP_SECRET": "app-secret",
+    }
+
+    def setUp(self):
+        super().setUp()
+        self.account.tokens |= {"site-token", "near-token"}
+        for name in ("site-refresh", "near-refresh"):
+            self.account.refresh_tokens[name] = ("app-key", "app-secret")
+        self.owners = {}
+        token = self.account.token
+
+        def note(form):
+            answer = token(form)
+            self.owners[answer["access_token"]] = form["refresh_token"][0]
+            return answer
+
+        self.account.token = note
+
+    def owner(self, storage):
+        """The token of the account that the storage uses, None if it uses none."""
+        self.account.last_headers = {}
+        try:
+            storage.exists("a")
+        except ImproperlyConfigured:
+            self.assertEqual(self.account.last_headers, {})
+            return None
+        token = self.account.last_headers["Authorization"].replace("Bearer ", "")
+        return self.owners.get(token, token)
+
+    def test_the_nearest_place_that_names_a_token_decides(self):
+        base = type("Base", (DropboxStorage,), {"oauth2_access_token": "near-token"})
+        empty = type("Empty", (base,), {"oauth2_refresh_token": ""})
+        full = type("Full", (empty,), {"oauth2_refresh_token": "near-refresh"})
+        raising = property(lambda self: None)
+        computed = type("Computed", (DropboxStorage,), {"oauth2_access_token": raising})
+        access = {"DROPBOX_OAUTH2_TOKEN": "site-token"}
+        unset = {**access, "DROPBOX_OAUTH2_REFRESH_TOKEN": None}
+        for site, make, owner in (
+            (self.settings, DropboxStorage, "site-refresh"),
+            (access, DropboxStorage, "site-token"),
+            (unset, DropboxStorage, "site-token"),
+            ({}, DropboxStorage, None),
+            (self.settings, lambda: DropboxStorage("near-token"), "near-token"),
+            (self.settings, lambda: DropboxStorage(None), None),
+            (self.settings, lambda: DropboxStorage(""), None),
+            (self.settings, lambda: DropboxStorage(oauth2_access_token=None), None),
+            (self.settings, lambda: DropboxStorage(oauth2_refresh_token=None), None),
+            (access, lambda: DropboxStorage(oauth2_refresh_token=""), None),
+            (self.settings, lambda: DropboxStorage(oauth2_refresh_token="near-refresh"),
+             "near-refresh"),
+            (self.settings, lambda: DropboxStorage("near-token", oauth2_refresh_token="near-refresh"),
+             "near-refresh"),
+            (self.settings, lambda: DropboxStorage("near-token", oauth2_refresh_token=None),
+             "near-token"),
+            (self.settings, base, "near-token"),
+            (self.settings, empty, None),
+            (self.settings, full, "near-refresh"),
+            (self.settings, lambda: full(None), None),
+            (self.settings, lambda: empty("near-token"), "near-token"),
+            (self.settings, computed, None),
+            (self.settings, lambda: computed("near-token"), None),
+        ):  # fmt: skip
+            with self.subTest(make=make, owner=owner), override_settings(**site):
+                self.assertEqual(self.owner(make()), owner)
+        with override_settings(**self.settings):
+            storage = DropboxStorage()
+            storage.oauth2_refresh_token = None
+            self.assertEqual(self.owner(storage), None)
+
+    def test_a_storage_without_an_account_says_so(self):
+        with override_settings(**self.settings):
+            for make, place in (
+                (lambda: DropboxStorage(oauth2_refresh_token=None), "DropboxStorage object"),
+                (lambda: type("Tenant", (DropboxStorage,), {"oauth2_access_token": ""})(),
+                 "class Tenant"),
+            ):  # fmt: skip
+                with self.assertRaisesRegex(ImproperlyConfigured, place):
+                    make().exists("a")
 
     @unittest.skipUnless(HAS_STORAGES, "STORAGES came with Django 4.2")
-    def test_of_two_accounts_none_is_guessed(self):
-        one = {"oauth2_access_token": "valid-token"}
-        with self.storages(one=one, two={"oauth2_access_token": "other-token"}):
-            with self.assertRaisesRegex(ImproperlyConfigured, "not set"):
-                CallableStorage().delete("a")
-        with self.storages(one=one, two=one, three={}):
-            self.assertTrue(CallableStorage().client)
+    def test_a_storage_that_is_built_again_uses_the_account_of_its_entry(self):
+        """As in a task or a data migration, which has no credentials in its arguments."""
+        backend = f"{__name__}.CallableStorage"
+        for options, owner in (
+            ({"oauth2_access_token": "near-token"}, "near-token"),
+            ({"oauth2_refresh_token": "near-refresh"}, "near-refresh"),
+            ({"oauth2_refresh_token": "near-refresh", "app_key": "app-key",
+              "app_secret": "app-secret"}, "near-refresh"),
+            ({"app_secret": "app-secret"}, "site-refresh"),
+            ({}, "site-refresh"),
+        ):  # fmt: skip
+            options = {**options, "timeout": 9}
+            entries = {"media": {"BACKEND": backend, "OPTIONS": options}}
+            entries["missing"] = {"BACKEND": "not_installed.Storage"}
+            entries["exported"] = {"BACKEND": f"{__name__}.ExportedStorage"}
+            with self.subTest(options), override_settings(
+                STORAGES={**settings.STORAGES, **entries}, **self.settings
+            ):  # fmt: skip
+                storage = django_storage.storages["media"]
+                path, args, kwargs = pickle.loads(pickle.dumps(storage.deconstruct()))
+                hidden = {name: "***" for name in options if name != "timeout"}
+                self.assertEqual((args, kwargs), ((), {**hidden, "timeout": 9}))
+                rebuilt = import_string(path)(*args, **kwargs)
+                self.assertEqual(self.owner(rebuilt), owner)
+                self.assertEqual(rebuilt.deconstruct(), (path, args, kwargs))
+                if hidden:  # no entry is like these
+                    for other in (
+                        import_string(path)(*args, **{**kwargs, "timeout": 8}),
+                        DropboxStorage(*args, **kwargs),
+                    ):
+                        self.assertEqual(self.owner(other), None)
 
-    def test_given_or_set_credentials_go_before_those_of_an_entry(self):
-        with override_settings(DROPBOX_APP_KEY="key"):
-            with self.assertRaisesRegex(ImproperlyConfigured, "not set"):
-                CallableStorage().delete("a")
+    @unittest.skipUnless(HAS_STORAGES, "STORAGES came with Django 4.2")
+    def test_of_two_entries_none_is_guessed(self):
+        backend = f"{__name__}.CallableStorage"
+        one, two = (
+            {"BACKEND": backend, "OPTIONS": {"oauth2_access_token": f"{token}-token"}}
+            for token in ("near", "site")
+        )
+        for entries, owner in (
+            ({"one": one, "two": two}, None),
+            ({"one": one, "two": one}, "near-token"),
+            ({"one": {"BACKEND": backend, "OPTIONS": {"oauth2_access_token": "***"}}}, None),
+        ):  # fmt: skip
+            with override_settings(STORAGES={**settings.STORAGES, **entries}):
+                rebuilt = CallableStorage(oauth2_access_token="***")
+                self.assertEqual(self.owner(rebuilt), owner)
+                with override_settings(**self.settings):
+                    self.assertEqual(self.owner(rebuilt), owner)
+
+    def test_a_migration_is_built_wherever_it_runs(self):
+        """With the app's key and secret in the settings, and the token left out."""
+        app = {"DROPBOX_APP_KEY": "app-key", "DROPBOX_APP_SECRET": "app-secret"}
+        for site, options in (
+            (app, {"oauth2_access_token": "near-token"}),
+            (app, {"oauth2_refresh_token": "near-refresh"}),
+            ({"DROPBOX_APP_KEY": "app-key"}, {}),
+            ({"DROPBOX_OAUTH2_REFRESH_TOKEN": "site-refresh"}, {}),
+        ):
+            with override_settings(**site):
+                path, args, kwargs = DropboxStorage(**options, timeout=9).deconstruct()
+                rebuilt = import_string(path)(*args, **kwargs)
+                self.assertEqual(rebuilt.deconstruct(), (path, args, kwargs))
+                self.assertEqual(self.owner(rebuilt), None)
+
+    def test_one_token_for_one_set_of_credentials(self):
+        """Whatever the timeout, the namespace and the member of a team."""
+        credentials = {**REFRESHING, "oauth2_refresh_token": "near-refresh"}
+        self.account.put("/team/a")
+        for number in range(20):
+            for options in (
+                {"team_member_id": f"dbmid:{number}"},
+                {"timeout": 1 + number / 7},
+                {"namespace_id": "42"},
+            ):
+                storage = DropboxStorage(**credentials, **options)
+                storage.exists("a")
+                storage.client.files_list_folder("")
+                headers = self.account.last_headers
+                member = headers.get("Dropbox-API-Select-User")
+                self.assertEqual(member, options.get("team_member_id"))
+                self.assertEqual(
+                    "Dropbox-API-Path-Root" in headers, "namespace_id" in options
+                )
+        self.assertEqual(self.account.calls["oauth2/token"], 1)
+
+    def test_an_early_refresh_that_failed_is_not_repeated_at_once(self):
+        storage = DropboxStorage(**REFRESHING)
+        storage.exists("a")
+        owner = storage.client.owner
+        soon = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+        owner._oauth2_access_token_expiration = soon + datetime.timedelta(seconds=100)
+        for asked, least in ((5, 30), (60, 60)):
+            self.clock.now += 1000
+            with self.failing("oauth2/token", "429", times=99, value=asked):
+                for seconds, refreshes in ((0, 1), (least - 1, 1), (1, 2)):
+                    self.clock.now += seconds
+                    for _ in range(20):
+                        storage.exists("a")
+                        self.ends_its_threads()
+                    calls = self.account.calls["oauth2/token"]
+                    self.assertEqual(calls - 1, refreshes)
+            self.account.calls["oauth2/token"] = 1
+        self.clock.now += 1000
+        storage.exists("a")
+        self.ends_its_threads()
+        self.assertGreater(
+            owner._oauth2_access_token_expiration, soon + datetime.timedelta(1 / 24)
+        )
+
+    def test_the_public_client_refreshes_the_token_of_all(self):
+        storage = DropboxStorage(**REFRESHING)
+        for _ in range(3):
+            storage.client.files_list_folder("")
+        storage.exists("a")
+        self.assertEqual(self.account.calls["oauth2/token"], 1)
+        other = DropboxStorage(namespace_id="42")
+        other.client = storage.client  # is used as it is
+        self.assertFalse(other.exists("a"))
+        self.assertNotIn("Dropbox-API-Path-Root", self.account.last_headers)
+        self.assertEqual(self.account.calls["oauth2/token"], 1)
+        client = copy.copy(storage.client)
+        client._session = FakeAccount().create_session()  # of somebody else
+        client._oauth2_access_token_expiration = None
+        storage.client = client
+        storage.exists("a")
+        self.assertEqual(self.account.calls["oauth2/token"], 1)
 
 
 # -- The storage: saving, looking, names -----------------------------------------------

@@ -1222,14 +1222,16 @@ class SecretTests(StorageTestCase):
     def test_a_migration_holds_no_secret_and_can_be_imported_without_any(self):
         token = self.secrets["oauth2_access_token"]
         keywords = {k: v for k, v in self.secrets.items() if k != "oauth2_access_token"}
-        for storage in (
-            DropboxStorage(**self.secrets, root_path="/r"),
-            DropboxStorage(token, **keywords, root_path="/r"),
-        ):
+        for storage, arguments in (
+            (DropboxStorage(**self.secrets, root_path="/r"),
+             ((), {**dict.fromkeys(self.secrets, "***"), "root_path": "/r"})),
+            (DropboxStorage(token, **keywords, root_path="/r"),
+             (("***",), {**dict.fromkeys(keywords, "***"), "root_path": "/r"})),
+        ):  # fmt: skip
             written = self.migration(storage)
             self.assertNotIn("hidden", written)
             path, args, kwargs = storage.deconstruct()
-            self.assertEqual((args, kwargs), ((), {"root_path": "/r"}))
+            self.assertEqual((args, kwargs), arguments)
             self.assertEqual(path, f"{module.__name__}.DropboxStorage")
             imported = import_string(path)(*args, **kwargs)
             self.assertEqual(imported.deconstruct(), storage.deconstruct())
@@ -1240,7 +1242,7 @@ class SecretTests(StorageTestCase):
                 super().__init__(secret, root_path=folder)
 
         args, kwargs = Media("hidden-token", folder="/y")._constructor_args
-        self.assertEqual((args, kwargs), ((), {"folder": "/y"}))
+        self.assertEqual((args, kwargs), (("***",), {"folder": "/y"}))
 
     def test_a_callable_storage_stays_a_path(self):
         written = self.migration(get_storage)
@@ -1358,10 +1360,12 @@ class SecretTests(StorageTestCase):
             {"oauth2_access_token": secret, "root_path": "relative"},
             {"oauth2_access_token": secret, "unknown": 1},
             {"oauth2_access_token": f"{secret} "},
-            {"oauth2_refresh_token": secret, "app_secret": secret},
+            {"oauth2_refresh_token": f"sl.{secret}"},
             {"app_secret": secret, "timeout": 0},
+            {"oauth2_refresh_token": secret, "app_secret": secret},
+            {"oauth2_refresh_token": "***", "app_secret": secret},
         ):
-            error, page = self.debug_page(lambda: DropboxStorage(**options))
+            error, page = self.debug_page(lambda: DropboxStorage(**options).exists("a"))
             self.assertIsInstance(error, ImproperlyConfigured)
             self.assertFalse(secret in page, options)
 
@@ -1380,7 +1384,7 @@ class SecretTests(StorageTestCase):
 
         keywords = {k: v for k, v in self.secrets.items() if "access" not in k}
         storage = Tenant([keywords], "/x", {"deep": [keywords["app_secret"]]}, "/y")
-        self.assertEqual(storage._constructor_args, ((None, "/x", None, "/y"), {}))
+        self.assertEqual(storage._constructor_args, (("***", "/x", "***", "/y"), {}))
 
         class Computed(DropboxStorage):
             oauth2_access_token = property(lambda self: self.account["token"])
@@ -1390,7 +1394,7 @@ class SecretTests(StorageTestCase):
                 super().__init__()
 
         storage = Computed({"token": "hidden-token"})
-        self.assertEqual(storage._constructor_args, ((), {}))
+        self.assertEqual(storage._constructor_args, (("***",), {}))
         storage.account = {}  # the property fails, as it may outside a web request
         self.assertEqual(storage._constructor_args[1], {})
 
@@ -1400,7 +1404,7 @@ class SecretTests(StorageTestCase):
                 super().__init__(secret, root_path=folder)
 
         class Named(DropboxStorage):
-            def __init__(self, folder, app_secret, *more):
+            def __init__(self, folder, app_secret, *more):  # which is none
                 super().__init__(root_path=folder)
 
         class Hidden(DropboxStorage):
@@ -1413,12 +1417,13 @@ class SecretTests(StorageTestCase):
         hidden = Hidden("hidden-1", root_path="/r")
         unprintable = DropboxStorage("hidden-1", base_url=Unprintable())
         for storage, arguments in (
-            (replaced, ((), {"root_path": "/r"})),
-            (renamed, ((None, "/r", None), {})),
-            (Named("/r", "hidden-1", "more"), (("/r", None, "more"), {})),
-            (hidden, ((), {"root_path": "/r"})),
-            (unprintable, ((), {})),
+            (replaced, (("***",), {"root_path": "/r"})),
+            (renamed, (("***", "/r", None), {})),
+            (Named("/r", "hidden-1", "more"), (("/r", "hidden-1", "more"), {})),
+            (hidden, (("***",), {"root_path": "/r"})),
+            (unprintable, (("***",), {"base_url": "***"})),
             (DropboxStorage(timeout=None), ((), {"timeout": None})),
+            (DropboxStorage("", app_key=None), (("",), {"app_key": None})),
         ):
             self.assertEqual(storage._constructor_args, arguments)
 
@@ -1536,7 +1541,7 @@ class ProcessTests(StorageTestCase):
         storage = DropboxStorage("valid-token", root_path="/r")
         for copied in (copy.deepcopy(storage), pickle.loads(pickle.dumps(storage))):
             self.assertEqual(copied.deconstruct(), storage.deconstruct())
-            self.assertIs(copied.client, storage.client)
+            self.assertIs(copied.client.owner, storage.client.owner)
             name = self.save("a.txt", b"x", copied)
             self.assertIn(f"/r/{name}", self.account.files())
 
@@ -1544,7 +1549,7 @@ class ProcessTests(StorageTestCase):
     def test_a_forked_process_builds_its_own_client(self):
         self.storage = DropboxStorage("valid-token")
         self.storage.exists("a.txt")
-        parent = id(self.storage.client)
+        parent = id(self.storage.client.owner)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
             child = os.fork()
@@ -1552,10 +1557,10 @@ class ProcessTests(StorageTestCase):
             status = 1
             with contextlib.suppress(BaseException):
                 self.storage.exists("a.txt")
-                status = int(id(self.storage.client) == parent)
+                status = int(id(self.storage.client.owner) == parent)
             os._exit(status)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
-        self.assertEqual(id(self.storage.client), parent)
+        self.assertEqual(id(self.storage.client.owner), parent)
 
     def test_costly_imports_come_with_the_first_request(self):
         code = (
@@ -1608,12 +1613,12 @@ class ProcessTests(StorageTestCase):
         with unittest.mock.patch.object(module, "KEPT_CLIENTS", 5):
             for number in range(20):
                 storage.tenant = f"{number}"
-                clients.add(storage.client)
+                clients.add(storage.client.owner)
                 storage.tenant = "0"  # is used again and again, and stays
-                clients.add(storage.client)
+                clients.add(storage.client.owner)
             gc.collect()
             self.assertEqual(len(clients), 5)
-            self.assertIn(storage.client, clients)
+            self.assertIn(storage.client.owner, clients)
 
     def refreshing(self, number=1, **options):
         """A new storage for the account with that number, whose token must be fetched."""
@@ -1635,7 +1640,7 @@ class ProcessTests(StorageTestCase):
         self.assertEqual(self.account.calls, expected)
 
     def test_all_accounts_share_the_connections_of_a_process(self):
-        clients = [self.refreshing(number).client for number in range(3)]
+        clients = [self.refreshing(number).client.owner for number in range(3)]
         self.assertEqual(len({id(client) for client in clients}), 3)
         self.assertEqual(len({id(client._session) for client in clients}), 1)
         other = self.refreshing(1, timeout=7).client
@@ -1703,7 +1708,7 @@ class ProcessTests(StorageTestCase):
     def test_threads_share_a_client_that_is_made_at_once(self):
         storage = DropboxStorage("token")
         with ThreadPoolExecutor(8) as pool:
-            clients = {*pool.map(lambda _: storage.client, range(8))}
+            clients = {*pool.map(lambda _: storage.client.owner, range(8))}
         self.assertEqual(len(clients), 1)
 
 
