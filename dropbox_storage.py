@@ -690,7 +690,7 @@ class DropboxStorage(django_storage.Storage):
         try:
             upload.commit()
         finally:
-            self._cached_link(upload.api, upload.path).forget()
+            self._cached_link(self._api, upload.path).forget()
 
     def _add(self, upload, name):
         """Commit under the name, or another one if it is taken; return the name."""
@@ -1556,8 +1556,8 @@ class _Upload:
     """Content that becomes a file in Dropbox with commit().
 
     Up to two chunks are sent with the request that commits them. More are sent while
-    they come, with a concurrent upload session. Without a commit, Dropbox stays as it
-    was: it forgets the session after some days.
+    they come, several at the same time, with a concurrent upload session. Without a
+    commit, Dropbox stays as it was: it forgets the session after some days.
 
     mode: a write mode. revision: for "update", that of the file that is replaced, None
     if there is none.
@@ -1566,8 +1566,8 @@ class _Upload:
     def __init__(self, api, path, mode, revision, chunk_size, connections):
         from dropbox import files
 
-        self.api = api
         self.path = path
+        self._api = api
         self._mode = mode
         self._target = {"mode": files.WriteMode.add, "strict_conflict": True}
         if mode == "overwrite":
@@ -1576,26 +1576,28 @@ class _Upload:
             self._target["mode"] = files.WriteMode.update(revision)
         self._chunk_size = _round_chunk_size(chunk_size)
         self._connections = connections
-        self._content = _ContentHash()
+        self._content = _ContentHash()  # of the chunks that Dropbox has
         self._chunks = []  # those that have not been sent
-        self._session = None
+        self._sending = collections.deque()  # tasks, each of which returns a hash
+        self._session = None  # the id of the upload session
+        self._offset = 0  # of the next chunk in the session, in bytes
         self._is_closed = False
 
     def close(self):
         """Let the background threads stop, and drop what has not been sent."""
         self._is_closed = True
         self._chunks = []
-        self._session = None
+        self._sending.clear()
 
     def send(self, content):
-        """Send all but the last chunk of the content, an iterable of bytes or text."""
+        """Take the content, an iterable of bytes or text. Send it if it is long."""
         for chunk in _cut(content, self._chunk_size):
             self._chunks.append(chunk)
             if len(self._chunks) > 2 and self._session is None:
-                self._session = _Session(self._call, self._connections)
-            if self._session is not None:
-                while len(self._chunks) > 1:  # the last one closes the session
-                    self._session.append(self._chunks.pop(0))
+                self._start_session()
+            # The last chunk closes the session, which may be impossible without data.
+            while self._session is not None and len(self._chunks) > 1:
+                self._append_in_background(self._chunks.pop(0))
 
     def commit(self):
         """Make the content the file at self.path.
@@ -1603,11 +1605,13 @@ class _Upload:
         Raises FileExistsError or IsADirectoryError if the path is taken. It may then be
         called again, after self.path has been changed.
         """
+        if self._session is not None and self._chunks:
+            self._close_session()
         now = datetime.now(timezone.utc).replace(tzinfo=None, microsecond=0)
         self._target["client_modified"] = now
         send = self._send_file if self._session is None else self._finish_session
         try:
-            self._check(send())
+            metadata = send()
         except (OSError, DropboxStorageException) as error:
             if self._is_committed(error):
                 return
@@ -1617,6 +1621,31 @@ class _Upload:
             raise DropboxStorageException(
                 f"{message}; it was left alone.", "path/conflict/file"
             ) from error
+        if not self._content.matches(metadata):
+            message = f"files/upload of {self.path!r} failed: Dropbox has other bytes."
+            raise DropboxStorageException(message, "content_hash_mismatch")
+
+    def _is_committed(self, error):
+        """Whether the path holds what was sent, although the commit has failed.
+
+        Either a response was lost, or "update" refused bytes that change nothing. A
+        file that was added has the time that was sent with it.
+        """
+        failure = getattr(error, "failure", None)
+        if failure is None:  # the error comes from elsewhere
+            return False
+        is_refused = self._mode == "update" and isinstance(error, FileExistsError)
+        if not (failure.is_lost or is_refused):
+            return False
+        api = copy.copy(self._api)
+        if failure.is_transient:  # the commit has waited already
+            api.max_wait = 0
+        with contextlib.suppress(*NO_FILE, DropboxStorageException):
+            found = api.call("files/get_metadata", self.path)
+            if hasattr(found, "rev") and self._content.matches(found):
+                now = self._target["client_modified"]
+                return self._mode != "add" or found.client_modified == now
+        return False
 
     def _send_file(self):
         first, *others = self._chunks
@@ -1627,99 +1656,27 @@ class _Upload:
         target = {**self._target, "content_hash": self._content.hexdigest()}
         return self._call("files/upload", first, self.path, **target)
 
-    def _finish_session(self):
-        from dropbox.files import CommitInfo
-
-        if self._chunks:
-            self._content = self._session.close(self._chunks[0])
-            self._chunks = []
-        return self._session.finish(CommitInfo(self.path, **self._target))
-
-    def _check(self, metadata):
-        if not self._content.matches(metadata):
-            message = f"files/upload of {self.path!r} failed: Dropbox has other bytes."
-            raise DropboxStorageException(message, "content_hash_mismatch")
-
-    def _is_committed(self, error):
-        """Whether the path holds what was sent, although the commit failed.
-
-        Either a response was lost, or "update" refused bytes that change nothing. A
-        file that was added has the time that was sent with it.
-        """
-        failure = getattr(error, "failure", None)
-        if failure is None:
-            return False
-        is_refused = self._mode == "update" and isinstance(error, FileExistsError)
-        if not (failure.is_lost or is_refused):
-            return False
-        api = copy.copy(self.api)
-        if failure.is_transient:  # the call has waited already
-            api.max_wait = 0
-        with contextlib.suppress(*NO_FILE, DropboxStorageException):
-            found = api.call("files/get_metadata", self.path)
-            if hasattr(found, "rev") and self._content.matches(found):
-                now = self._target["client_modified"]
-                return self._mode != "add" or found.client_modified == now
-        return False
-
-    def _call(self, route, chunk, *args, **kwargs):
-        """Send the chunk with the SDK's method for the route."""
-
-        def send():
-            if self._is_closed:
-                raise DropboxStorageException(f"{self.path!r} was not sent.")
-            method = getattr(self.api.request(), route.replace("/", "_"))
-            return method(chunk.getvalue(), *args, **kwargs)
-
-        return self.api.perform(route, self.path, send)
-
-
-class _Session:
-    """A concurrent upload session: its chunks are sent at the same time.
-
-    call: sends a chunk with a route; see _Upload.
-    """
-
-    def __init__(self, call, connections):
+    def _start_session(self):
         from dropbox.files import UploadSessionType
 
-        self._call = call
-        self._connections = connections
-        self._content = _ContentHash()  # of the chunks that have been sent
-        self._offset = 0  # of the next chunk, in bytes
-        self._sending = collections.deque()  # tasks, each of which returns a hash
         route = "files/upload_session/start"
         kind = UploadSessionType.concurrent
-        self._id = call(route, io.BytesIO(), False, kind).session_id
+        self._session = self._call(route, io.BytesIO(), False, kind).session_id
 
-    def append(self, chunk):
+    def _append_in_background(self, chunk):
         """Send the chunk in the background; wait if enough others are being sent."""
         if len(self._sending) == self._connections:
             self._content.append(self._sending.popleft().result())
-        task = _Task().start(self._send, self._offset, chunk, False)
+        task = _Task().start(self._append, self._offset, chunk, False)
         self._sending.append(task)
         self._offset += chunk.tell()
 
-    def close(self, chunk):
-        """Send the last chunk when all others are there; return the content hash."""
-        while self._sending:
-            self._content.append(self._sending.popleft().result())
-        self._content.append(self._send(self._offset, chunk, True))
-        return self._content
-
-    def finish(self, commit):
-        """Let the content become a file; return its metadata."""
-        from dropbox.files import UploadSessionCursor
-
-        cursor = UploadSessionCursor(self._id, self._content.size)
-        return self._call("files/upload_session/finish", io.BytesIO(), cursor, commit)
-
-    def _send(self, offset, chunk, close):
-        """Send a chunk; return its hash."""
+    def _append(self, offset, chunk, close):
+        """Send a chunk of the session; return its hash."""
         from dropbox.files import UploadSessionCursor
 
         content = _ContentHash(chunk.getbuffer())
-        cursor = UploadSessionCursor(self._id, offset)
+        cursor = UploadSessionCursor(self._session, offset)
         route = "files/upload_session/append_v2"
         digest = content.hexdigest()
         try:
@@ -1731,6 +1688,30 @@ class _Session:
             if not (has_arrived and error.failure.is_lost):
                 raise
         return content
+
+    def _close_session(self):
+        """Send the last chunk when all others are there."""
+        while self._sending:
+            self._content.append(self._sending.popleft().result())
+        self._content.append(self._append(self._offset, self._chunks.pop(), True))
+
+    def _finish_session(self):
+        from dropbox.files import CommitInfo, UploadSessionCursor
+
+        cursor = UploadSessionCursor(self._session, self._content.size)
+        target = CommitInfo(self.path, **self._target)
+        return self._call("files/upload_session/finish", io.BytesIO(), cursor, target)
+
+    def _call(self, route, chunk, *args, **kwargs):
+        """Send the chunk with the SDK's method for the route."""
+
+        def send():
+            if self._is_closed:
+                raise DropboxStorageException(f"{self.path!r} was not sent.")
+            method = getattr(self._api.request(), route.replace("/", "_"))
+            return method(chunk.getvalue(), *args, **kwargs)
+
+        return self._api.perform(route, self.path, send)
 
 
 def _round_chunk_size(size):

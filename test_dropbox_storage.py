@@ -2086,6 +2086,23 @@ class SavingTests(StorageTestCase):
                 self.write("x", LARGE, "xb", storage)
             self.holds({"a": LARGE, "x": LARGE})
 
+    def test_only_the_request_that_commits_is_looked_up(self):
+        """An empty file has the hash of what has been hashed before a chunk fails."""
+        append = "files/upload_session/append_v2"
+        for mode in ("overwrite", "update", "wb", "ab"):
+            self.new_account()
+            self.account.put("/a", b"")
+            storage = self.account.storage(max_wait=0)
+            with self.subTest(mode), self.refused(append, "503", times=99):
+                if mode in module.WRITE_MODES:
+                    storage.write_mode = mode
+                    storage.save("a", ContentFile(LARGE))
+                else:
+                    with storage.open("a", mode) as file:
+                        file.write(LARGE)
+            self.holds({"a": b""})
+            self.assertEqual(self.account.calls["files/upload_session/finish"], 0)
+
     def test_a_folder_that_has_taken_the_name_meanwhile(self):
         self.account.put("/a/b")
         self.assertRegex(self.storage.save("a", ContentFile(b"x")), r"^a_\w{7}$")
