@@ -102,9 +102,6 @@ DRAIN = 512 * 1024
 # Bytes of a refusal that are read. Those of Dropbox have less than 1 KiB.
 MAX_REFUSAL = 64 * 1024
 
-# Commits of an upload under one name, each of which was refused because it is taken.
-SAME_NAME_ATTEMPTS = 5
-
 # Idle connections to a host that a process keeps: 16 threads with six requests each.
 POOL_SIZE = 96
 
@@ -393,6 +390,35 @@ class _NoNameTaken(django_storage.Storage):
         return f"{file_root}{file_ext}"
 
 
+class _NewFile(django_storage.Storage):
+    """Saves a file under a name that is free, with Django's own code.
+
+    free_name: a name that counts as free without a request, until Dropbox refuses it.
+    """
+
+    def __init__(self, storage, max_length, free_name):
+        self._storage = storage
+        self._max_length = max_length
+        self._free_name = free_name
+        self._refused = set()
+
+    def exists(self, name):
+        if name == self._free_name:
+            return False
+        return name in self._refused or self._storage.exists(name)
+
+    def get_alternative_name(self, file_root, file_ext):
+        return self._storage.get_alternative_name(file_root, file_ext)
+
+    def _save(self, name, content):
+        return self._storage._add(name, content, self._choose_name)
+
+    def _choose_name(self, name, refused):
+        self._free_name = None
+        self._refused = refused
+        return self.get_available_name(name, self._max_length)
+
+
 @deconstructible
 class DropboxStorage(django_storage.Storage):
     """Django's storage API for the files of a Dropbox account.
@@ -449,10 +475,6 @@ class DropboxStorage(django_storage.Storage):
     FIRST_WAIT = 0.5
 
     _assigned_client = None
-
-    # These two are set in the copy of the storage with which save() works.
-    _max_length = None  # characters of the name
-    _assumes_free_name = False  # whether it is sent without asking if it is taken
 
     def __init__(self, oauth2_access_token=NOT_GIVEN, **options):
         if oauth2_access_token is not NOT_GIVEN:
@@ -574,23 +596,46 @@ class DropboxStorage(django_storage.Storage):
             return super().save(name, content, max_length)
         if not hasattr(content, "chunks"):
             content = File(content, name)
-        # A copy, which costs nothing, can tell _save() what only this method knows.
-        storage = copy.copy(self)
-        storage._max_length = max_length
-        storage._assumes_free_name = _is_small(content)
-        return super(DropboxStorage, storage).save(name, content, max_length)
+        wanted = content.name if name is None else name
+        free_name = str(wanted) if _is_small(content) else None
+        new_file = _NewFile(self, max_length, free_name)
+        return new_file.save(name, content, max_length)
 
     def _save(self, name, content):
-        name = self._clean_name(name)
         mode = self._option("write_mode")
+        if mode == "add":
+            return self._add(
+                name, content, lambda wanted, refused: self.get_available_name(wanted)
+            )
+        name = self._clean_name(name)
         revision = self._find_revision(name) if mode == "update" else None
         upload = self._start_upload(self._path(name), mode, revision)
         with contextlib.closing(upload):
             upload.send(content.chunks())
-            if mode == "add":
-                return self._add(upload, name)
             self._commit(upload)
-            return name
+        return name
+
+    def _add(self, name, content, choose_name):
+        """Save the file under the name, or another one if it is taken; return the name.
+
+        choose_name: returns another one for the name, and the names that were refused.
+        """
+        wanted = self._clean_name(name)
+        name = wanted
+        refused = set()
+        upload = self._start_upload(self._path(name), "add", None)
+        with contextlib.closing(upload):
+            upload.send(content.chunks())
+            while True:
+                try:
+                    self._commit(upload)
+                    return name
+                except (FileExistsError, IsADirectoryError):
+                    if name in refused:
+                        raise  # it would be refused for ever
+                refused.add(name)
+                name = self._clean_name(choose_name(wanted, refused))
+                upload.path = self._path(name)
 
     def generate_filename(self, filename):
         """Also changes in each folder of the name what Dropbox refuses."""
@@ -612,9 +657,6 @@ class DropboxStorage(django_storage.Storage):
     def get_available_name(self, name, max_length=None):
         if self._option("write_mode") != "add":
             return _NoNameTaken().get_available_name(name, max_length)
-        is_too_long = max_length and len(str(name)) > max_length
-        if self._assumes_free_name and not is_too_long:
-            return _NoNameTaken().get_available_name(name)
         return super().get_available_name(name, max_length)
 
     def delete(self, name):
@@ -691,27 +733,6 @@ class DropboxStorage(django_storage.Storage):
             upload.commit()
         finally:
             self._cached_link(self._api, upload.path).forget()
-
-    def _add(self, upload, name):
-        """Commit under the name, or another one if it is taken; return the name."""
-        refusals = collections.Counter()
-        while True:
-            try:
-                self._commit(upload)
-                return name
-            except (FileExistsError, IsADirectoryError):
-                # A name that was taken may be free again, but not for ever.
-                refusals[name] += 1
-                if refusals[name] == SAME_NAME_ATTEMPTS:
-                    raise
-            if self._assumes_free_name:  # it is taken: ask for another one at once
-                self._assumes_free_name = False
-                folder, name = posixpath.split(name)
-                other = self.get_alternative_name(*posixpath.splitext(name))
-                name = posixpath.join(folder, other)
-            free_name = self.get_available_name(name, max_length=self._max_length)
-            name = self._clean_name(free_name)
-            upload.path = self._path(name)
 
     def _clean_name(self, name):
         """Return the name relative to root_path, in NFC and with slashes; "" for it."""

@@ -796,6 +796,7 @@ import logging
 import os
 import pickle
 import posixpath
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -829,6 +830,7 @@ from django.core.exceptions import (
 )
 from django.core.files import storage as django_storage
 from django.core.files.base import ContentFile, File
+from django.core.files.storage import FileSystemStorage
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.management import call_command
 from django.db import models
@@ -2048,29 +2050,68 @@ class SavingTests(StorageTestCase):
             storage = self.account.connect(
                 type("Own", (DropboxStorage,), {})("valid-token")
             )
-            with unittest.mock.patch.object(type(storage), name, method, create=True):
-                copies = unittest.mock.patch.object(copy, "copy", side_effect=copy.copy)
-                with copies as copied:
-                    saved = self.save(name, b"x", storage)
-            self.assertNotIn(storage, [call.args[0] for call in copied.call_args_list])
-            self.assertEqual(
-                saved, f"mine-{name}" if "available_name" in name else name
-            )
+            expected = f"mine-{name}" if "available_name" in name else name
+            for place in (type(storage), storage):
+                own = types.MethodType(method, storage) if place is storage else method
+                with unittest.mock.patch.object(place, name, own, create=True):
+                    self.account.entries.clear()
+                    self.assertEqual(self.save(name, b"x", storage), expected)
 
-    def test_saving_leaves_no_state_in_the_storage(self):
-        before = vars(self.storage).copy()
-        self.storage.save("a", ContentFile(b"x"), max_length=100)
-        self.assertEqual(vars(self.storage), before)
+    def test_names_are_those_that_django_gives(self):
+        class Numbered:
+            count = 0
+
+            def get_alternative_name(self, file_root, file_ext):
+                self.count += 1
+                return f"{file_root}-{self.count}{file_ext}"
+
+        names = ("a", "a.txt", "a.tar.gz", "dir/.b.c", "d.e/f", "g" * 30 + ".txt")
+        with tempfile.TemporaryDirectory() as folder:
+            for mixins in ((), (Numbered,)):
+                local = type("Local", (*mixins, FileSystemStorage), {})(folder)
+                remote = type("Remote", (*mixins, DropboxStorage), {})("valid-token")
+                for name, size in itertools.product(names, (1, UNIT)):
+                    self.account.entries.clear()
+                    for _ in range(4):
+                        saved = [
+                            storage.save(name, ContentFile(bytes(size)), max_length=30)
+                            for storage in (local, remote)
+                        ]
+                        random = re.compile(r"_\w{7}")
+                        with self.subTest(name, size=size, mixins=mixins):
+                            self.assertEqual(*[random.sub("_RANDOM", s) for s in saved])
+                    shutil.rmtree(folder)
+
+    def test_saving_uses_the_storage_itself(self):
+        """No copy, whose state would be lost, and for which some have no way."""
+
+        class Stateful(DropboxStorage):
+            made = 0
+
+            def __getstate__(self):
+                raise TypeError("cannot pickle a lock")
+
+            @functools.cached_property
+            def client(self):
+                self.made += 1
+                return FakeDropbox(self.account)
+
+        storage = Stateful()
+        storage.account = self.account
+        for size in (1, UNIT, 1):
+            before = vars(storage).copy()
+            storage.save("a", ContentFile(bytes(size)), max_length=100)
+            before.setdefault("client", storage.client)
+            self.assertEqual(vars(storage), {**before, "made": 1})
 
     def test_a_name_that_was_taken_and_is_free_again_is_tried(self):
-        for data in (noise(module.SMALL_FILE + 1), LARGE):
+        """Where it is chosen without knowing that it was refused."""
+        for data in (b"x", LARGE):
             self.new_account()
-            taken = lambda: self.account.put("/a", b"theirs")  # noqa: E731
+            self.account.put("/a", b"theirs")
             free = lambda: self.account.entries.clear()  # noqa: E731
-            for route in ("files/upload", "files/upload_session/finish"):
-                self.account.fail(route, taken)
-            self.account.fail("files/get_metadata", free, nth=2)
-            self.assertEqual(self.save("a", data), "a")
+            self.account.fail("files/get_metadata", free)
+            self.assertEqual(self.storage._save("a", ContentFile(data)), "a")
             self.holds({"a": data})
 
     def test_a_repeated_finish_that_meets_its_own_file_is_a_success(self):
@@ -2156,8 +2197,7 @@ class SavingTests(StorageTestCase):
 
         storage = self.account.connect(Stubborn("valid-token"))
         self.account.put("/a", b"theirs")
-        attempts = ["files/upload"] * module.SAME_NAME_ATTEMPTS
-        with self.assertRaises(FileExistsError), self.costs(*attempts):
+        with self.assertRaises(FileExistsError), self.costs(*["files/upload"] * 2):
             self.save("a", b"mine", storage)
         self.holds({"a": b"theirs"})
 
