@@ -937,8 +937,8 @@ class DropboxFile(File):
     Dropbox. The other modes work on a temporary file, which close() uploads: "r+" and
     "a" begin with the content of the file, and replace the revision that they read.
 
-    close() uploads nothing after discard(), nor while an exception is handled that was
-    raised since the file was opened. Python knows that for each thread alone.
+    close() saves what was written. discard() gives it up, and so does a `with` block
+    that an exception leaves. What nobody closes is not saved.
     """
 
     file = None
@@ -965,8 +965,7 @@ class DropboxFile(File):
             self.file = draft.handle
             self._draft = draft
         self.mode = mode
-        self._handled = sys.exc_info()[1]
-        self._is_abandoned = False
+        self._is_collecting = False
 
     @property
     def size(self):
@@ -993,39 +992,29 @@ class DropboxFile(File):
         return self
 
     def close(self):
-        """Upload what was written; see the class for when this does not happen."""
-        if self._is_abandoned:
-            self._end(False, "nobody closed it")
-        elif self._is_since_opening(sys.exc_info()[1]):
-            self._end(False, "an exception came first")
+        """Upload what was written. If that fails, it is lost: the file is closed."""
+        if self._is_collecting:
+            self._is_collecting = False  # a later call comes from a user
         else:
             self._end(True)
 
     def discard(self):
-        """Close the file without uploading what was written, from whatever thread."""
+        """Close the file without uploading what was written."""
         self._end(False)
 
     def __exit__(self, exc_type, exc_value, traceback):
-        # An exception that is handled outside the block does not matter.
         if exc_type is None:
-            self._end(True)
+            self.close()
         else:
             self._end(False, "an exception came first")
 
     def _dealloc_warn(self, source):
-        """C wrappers call this before they close the file because nobody uses it."""
-        self._is_abandoned = True
+        """Wrappers of Python's io call this if nobody uses them, and then close()."""
+        self._is_collecting = True
 
     def __del__(self):
         if self._draft is not None:
             self._end(False, "nobody closed it")
-
-    def _is_since_opening(self, error):
-        """Whether the error has come up since the file was opened."""
-        known = self._handled
-        while known is not None and known is not error:
-            known = known.__context__
-        return known is not error
 
     def _end(self, saves, reason=None):
         """Close the file, and upload what was written, or log the reason why not."""
@@ -1033,7 +1022,6 @@ class DropboxFile(File):
         download = self._download
         self._draft = None
         self._download = None
-        self._handled = None
         if draft is not None:
             with contextlib.closing(draft):
                 if saves:
