@@ -160,7 +160,6 @@ SHORT_LIVED = "'sl.' tokens live four hours; set oauth2_refresh_token"
 FOREIGN_HOOKS = {
     "location": "it is called root_path here; rename it",
     "get_default_settings": "set the options as class attributes or arguments",
-    "_full_path": "set root_path, or override generate_filename()",
     "_chunked_upload": "override _save()",
 }
 
@@ -287,9 +286,11 @@ def _root_path(value):
 def _url(value):
     if isinstance(value, Promise):  # reverse_lazy() works after the URLs are loaded
         return value
-    if value and not isinstance(value, str):
-        raise ValueError("a URL such as '/media/', or None")
-    return f"{value.rstrip('/')}/" if value else None
+    if not value:
+        return None
+    if isinstance(value, str) and re.fullmatch(r"(/|[a-z]+://[^/\s])\S*", value):
+        return f"{value.rstrip('/')}/"
+    raise ValueError("a URL such as '/media/' or 'https://host/', or None")
 
 
 def _seconds(value, least, most):
@@ -672,15 +673,15 @@ class DropboxStorage(django_storage.Storage):
             self._cached_link(api, path).forget()
 
     def exists(self, name):
-        if not self._clean_name(name):
-            return True  # the folder that holds all files
+        path = self._full_path(name)
+        if self._is_root(path):
+            return True
         with contextlib.suppress(FileNotFoundError):
-            return bool(self._api.call("files/get_metadata", self._path(name)))
+            return bool(self._api.call("files/get_metadata", path))
         return False
 
     def listdir(self, path):
-        folder = f"{self._root}/{self._clean_name(path)}".rstrip("/")
-        entries = self._list_folder(folder)
+        entries = self._list_folder(self._full_path(path).rstrip("/"))
         folders = [entry.name for entry in entries if not hasattr(entry, "rev")]
         files = [entry.name for entry in entries if hasattr(entry, "rev")]
         return folders, files
@@ -696,7 +697,8 @@ class DropboxStorage(django_storage.Storage):
         """
         base_url = self._option("base_url")
         if base_url is not None:
-            path = filepath_to_uri(_spell(str(name or ""))).lstrip("/")
+            relative = self._relative_name(_spell(str(name or "")))
+            path = filepath_to_uri(relative).lstrip("/")
             return f"{str(base_url).rstrip('/')}/{path}"
         if not name:
             raise ValueError("The name must be given to url().")
@@ -705,7 +707,7 @@ class DropboxStorage(django_storage.Storage):
         except FileNotFoundError:
             root = self._option("root_path")
             logger.warning("No link to %r: it is not in %r.", name, root)
-            return f"about:invalid#{filepath_to_uri(self._clean_name(name))}"
+            return f"about:invalid#{filepath_to_uri(_spell(name))}"
 
     def get_modified_time(self, name):
         modified = self._file_metadata(name).server_modified
@@ -738,26 +740,42 @@ class DropboxStorage(django_storage.Storage):
         """Return the name relative to root_path, in NFC and with slashes; "" for it."""
         if re.search("[\0\ud800-\udfff]", os.fspath(name)):
             raise SuspiciousFileOperation(f"{name!r} holds NUL or half a character.")
-        clean = _spell(name).rstrip("/")
-        if clean in ("", "."):
+        if os.fspath(name).strip("/") == "":
             return ""
-        if f"{clean}/".startswith(("/", "../")):
+        clean = self._relative_name(_spell(name))
+        if clean.startswith("/") or f"{clean}/".startswith("../"):
             root = self._option("root_path")
             raise SuspiciousFileOperation(f"{name!r} is outside {root!r}.")
-        return clean
+        clean = clean.rstrip("/")
+        return "" if clean == "." else clean
+
+    def _relative_name(self, name):
+        """Return an absolute name inside root_path as a relative one."""
+        is_inside = f"{name}/".startswith(f"{self._root}/")
+        return name[len(self._root) + 1 :] if is_inside else name
 
     @property
     def _root(self):
         """The path of the folder that holds all files; "" for the account's root."""
         return self._option("root_path").rstrip("/")
 
+    def _full_path(self, name):
+        """Return Dropbox's path of the name. Subclasses may call or override this.
+
+        The name may be absolute if it is inside root_path. Raises
+        SuspiciousFileOperation if it is outside.
+        """
+        return f"{self._root}/{self._clean_name(name)}".rstrip("/")
+
+    def _is_root(self, path):
+        return path.rstrip("/") == self._full_path("").rstrip("/")
+
     def _path(self, name):
-        """Return the absolute path of a name, which must not be the root."""
-        if clean := self._clean_name(name):
-            return f"{self._root}/{clean}"
-        raise _os_error(
-            errno.EISDIR, "the root of all files", self._option("root_path")
-        )
+        """Return Dropbox's path of a name, which must not be the root."""
+        path = self._full_path(name)
+        if self._is_root(path):
+            raise _os_error(errno.EISDIR, "the root of all files", path or "/")
+        return path
 
     def _file_metadata(self, name):
         path = self._path(name)
@@ -782,7 +800,7 @@ class DropboxStorage(django_storage.Storage):
                 page = api.call("files/list_folder/continue", folder, page.cursor)
                 _add_page(entries, page)
         except FileNotFoundError:
-            if folder != self._root:
+            if not self._is_root(folder):
                 raise  # the root is there with the first file that is saved
         except DropboxStorageException as error:
             if not (may_restart and _has_words(error.reason, "reset")):
@@ -804,7 +822,7 @@ class DropboxStorage(django_storage.Storage):
         if link is None:
             cached.mark_request()
             try:
-                link = api.call("files/get_temporary_link", path).link
+                link = api.get_link(path)
             except BaseException:
                 cached.forget()
                 raise
@@ -854,7 +872,7 @@ class _CachedLink:
     def find(self):
         """Return the link, or None if there is none."""
         link = self._use("get", self._key)
-        return link if str(link).startswith("https://") else None
+        return link if _is_link(link) else None
 
     def mark_request(self):
         """Call this before asking for the link. Several requests share a mark."""
@@ -880,6 +898,10 @@ class _CachedLink:
             logger.warning("The cache of links failed: %s.", type(error).__name__)
             self._cache = None
             return None
+
+
+def _is_link(link):
+    return isinstance(link, str) and re.fullmatch("https://[!-~]+", link) is not None
 
 
 def _link_key(client, path):
@@ -914,7 +936,7 @@ def _is_small(content):
 def _spell(name):
     """Return the name in NFC, with slashes, and without empty parts and '.'."""
     name = unicodedata.normalize("NFC", os.fspath(name).replace("\\", "/"))
-    clean = posixpath.normpath(name) if name else ""
+    clean = posixpath.normpath(name).replace("//", "/") if name else ""
     is_folder = name.endswith("/") and not clean.endswith("/")
     return f"{clean}/" if is_folder else clean
 
@@ -1898,6 +1920,18 @@ class _Api:
 
         return self.perform(route, path, send)
 
+    def get_link(self, path):
+        """Return a temporary link. Anything else in its place is a failed answer."""
+        route = "files/get_temporary_link"
+
+        def send():
+            link = self.request().files_get_temporary_link(path).link
+            if not _is_link(link):
+                raise _BadResponse("the answer holds no https link")
+            return link
+
+        return self.perform(route, path, send)
+
     def perform(self, route, path, send):
         """Return what send() returns. Repeat it while its failures are transient.
 
@@ -1991,7 +2025,7 @@ def _refresh(client):
         if failure is None:
             raise
         # Who waits for it raises it; an early refresh has nobody who waits.
-        logger.info("The access token was not refreshed: %s.", failure.reason)
+        logger.info("The access token was not refreshed: %s.", failure.shown_reason)
         return failure
 
 
@@ -2105,7 +2139,8 @@ def _log_attempt(retry, route, path):
     """Log a failure after which the request is sent again."""
     level = logging.INFO if retry.attempts == 1 else logging.WARNING
     asks = retry.failure.describe_retry_after()
-    reason = f"{retry.failure.reason}, {asks}" if asks else retry.failure.reason
+    reason = retry.failure.shown_reason
+    reason = f"{reason}, {asks}" if asks else reason
     message = "%s of %r failed at attempt %d: %s. Next attempt in %.1f s."
     logger.log(level, message, route, path, retry.attempts, reason, retry.pause)
 
@@ -2116,8 +2151,9 @@ EXPIRED = "expired_access_token"
 INVALID = "invalid_access_token"
 
 # The words of Dropbox's reason for each error that Python has a name for.
+MALFORMED = ("path/malformed_path", "path_lookup/malformed_path")
 OS_ERRORS = {
-    errno.ENOENT: ("path/not_found", "path_lookup/not_found"),
+    errno.ENOENT: ("path/not_found", "path_lookup/not_found", *MALFORMED),
     errno.EISDIR: ("path/not_file", "conflict/folder"),
     errno.ENOTDIR: ("path/not_folder", "conflict/file_ancestor"),
     errno.EEXIST: ("conflict/file",),
@@ -2229,20 +2265,21 @@ class _RequestError(Exception):
     """The refresh of the token has failed, in another thread."""
 
     def __init__(self, failure):
-        super().__init__(failure.reason)
+        super().__init__(failure.shown_reason)
         self.failure = failure
 
 
 class _Failure(
     collections.namedtuple(
         "_Failure",
-        "reason text is_transient is_lost retry_after status body number",
-        defaults=("", False, False, 0, 0, "", None),
+        "reason text is_transient is_lost retry_after status body number shown",
+        defaults=("", False, False, 0, 0, "", None, ""),
     )
 ):
     """What a failed request means.
 
-    reason: Dropbox's own text for programs. text: what it says to people.
+    reason: Dropbox's own text for programs. shown: the same without credentials, if it
+    is another text. text: what Dropbox says to people.
     is_transient: the same request may succeed later.
     is_lost: the request may have been carried out, and only its response was lost.
     retry_after: seconds that Dropbox asks to wait.
@@ -2250,6 +2287,10 @@ class _Failure(
     """
 
     __slots__ = ()
+
+    @property
+    def shown_reason(self):
+        return self.shown or self.reason
 
     def cause(self):
         """Return an error of the SDK that holds nothing but this, or None."""
@@ -2342,16 +2383,20 @@ def _explain_refusal(error, client):
     OAuth, or "HTTP 400".
     """
     status = error.status_code
-    body = _redact(error.body or "", client)
     try:
-        answer = json.loads(body)
+        answer = json.loads(error.body or "")
     except (ValueError, RecursionError):
         answer = None
+    body = _redact(error.body or "", client)
     summary = _field(answer, "error_summary") or _field(answer, "error")
     reason = _printable(summary).rstrip("/. ") if isinstance(summary, str) else ""
     fields = ("user_message text", "error_description", "error required_scope")
     texts = [_field(answer, *names.split()) for names in fields]
     text = " ".join(str(text) for text in texts if text) if reason else body
+    text = _redact(text, client)
+    shown = _redact(reason, client)
+    if not re.fullmatch("[a-z_/]+", reason):  # no tags of Dropbox, on which we decide
+        reason = shown
     is_gone = status >= 500 or status == 408
     is_busy = status == 429 or any(_has_words(reason, words) for words in TRANSIENT)
     asked = (
@@ -2360,6 +2405,7 @@ def _explain_refusal(error, client):
     )
     return _Failure(
         reason=reason or f"HTTP {status}",
+        shown=shown,
         text=_printable(text),
         is_transient=is_gone or is_busy,
         is_lost=is_gone,
@@ -2428,12 +2474,15 @@ def _make_error(retry, route, path):
     """Return the error that Django expects, with the failure on it, and log it."""
     failure = retry.failure
     for code, reasons in OS_ERRORS.items():
+        if route.startswith("files/upload"):  # which says what is wrong with the name
+            reasons = [words for words in reasons if words not in MALFORMED]
         if any(_has_words(failure.reason, words) for words in reasons):
-            error = _os_error(code, f"{route}: {failure.reason}", path)
+            error = _os_error(code, f"{route}: {failure.shown_reason}", path)
             error.failure = failure
             return error
-    told = f"{failure.reason} {failure.text}".strip()[:500]
-    hint = _find_hint(told, route, retry.can_refresh)
+    told = f"{failure.shown_reason} {failure.text}".strip()[:500]
+    words = f"{failure.reason} {failure.text}"
+    hint = _find_hint(words, route, retry.can_refresh)
     advice = f" ({hint.advice})" if hint else ""
     error = DropboxStorageException(
         f"{route} of {path!r} failed{_describe_attempts(retry)}: {told}{advice}.",
@@ -2493,10 +2542,6 @@ def serve(request, path, storage="default"):
             raise Http404(path)
         link = storage._link(storage._path(path))
     except (*NO_FILE, SuspiciousFileOperation) as error:
-        raise Http404(path) from error
-    except DropboxStorageException as error:
-        if not _has_words(error.reason, "malformed_path"):
-            raise
         raise Http404(path) from error
     # The link may have been in the cache for so long.
     age = storage._option("url_cache_timeout") or 0

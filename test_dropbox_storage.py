@@ -836,6 +836,7 @@ from django.forms import ClearableFileInput
 from django.http import FileResponse, Http404
 from django.templatetags.static import static
 from django.test import RequestFactory, SimpleTestCase, override_settings
+from django.utils.encoding import filepath_to_uri
 from django.utils.module_loading import import_string
 
 module = import_module()
@@ -1466,7 +1467,6 @@ class OptionTests(StorageTestCase):
         for name, advice in {
             "location": "it is called root_path here; rename it",
             "get_default_settings": "set the options as class attributes or arguments",
-            "_full_path": "set root_path, or override generate_filename()",
             "_chunked_upload": "override _save()",
         }.items():
             start = f"{name} of Media belongs to django-storages and would be ignored"
@@ -1506,7 +1506,20 @@ class OptionTests(StorageTestCase):
             ("max_wait", 86401): f"{seconds} 0 to 86400",
             ("url_cache", "links"): "one of 'default', 'other'",
             ("url_cache_timeout", 10801): f"{seconds} 0 to 10800",
-            ("base_url", 7): "a URL such as '/media/', or None",
+            ("base_url", 7): "a URL such as '/media/' or 'https://host/', or None",
+            (
+                "base_url",
+                "media/",
+            ): "a URL such as '/media/' or 'https://host/', or None",
+            (
+                "base_url",
+                "host/",
+            ): "a URL such as '/media/' or 'https://host/', or None",
+            (
+                "base_url",
+                "https:///a",
+            ): "a URL such as '/media/' or 'https://host/', or None",
+            ("base_url", "/a\n"): "a URL such as '/media/' or 'https://host/', or None",
             (
                 "namespace_id",
                 42,
@@ -2366,10 +2379,12 @@ class NameTests(StorageTestCase):
                 "/root/../a",
             ),
         ):
+            if root == "/" and name[0] == "/":
+                continue  # is inside
             storage = self.account.storage(root_path=root)
             for call in (
                 lambda: storage.save(name, content),
-                lambda: storage.save(name, content),
+                lambda: storage._save(name, content),
                 lambda: storage.open(name),
                 lambda: storage.open(name, "wb"),
                 lambda: storage.delete(name),
@@ -2409,6 +2424,125 @@ class NameTests(StorageTestCase):
                     SuspiciousFileOperation, "Could not derive"
                 ):
                     storage.get_available_name(name)
+
+    def test_a_name_that_dropbox_cannot_hold_is_not_there(self):
+        for name in ("scan ", "x" * 300, "dir /a", "a\x7fb"):
+            with self.subTest(name):
+                for act in (self.storage.open, self.storage.size):
+                    self.assertRaises(FileNotFoundError, act, name)
+                self.assertRaises(
+                    FileNotFoundError, self.storage.get_modified_time, name
+                )
+                self.assertRaises(FileNotFoundError, self.storage.listdir, name)
+                self.assertRaises(FileNotFoundError, self.storage.open, name, "r+b")
+                self.assertFalse(self.storage.exists(name))
+                self.storage.delete(name)
+                with self.assertLogs("dropbox_storage", "WARNING"):
+                    link = self.storage.url(name)
+                self.assertEqual(link, f"about:invalid#{filepath_to_uri(name)}")
+                for mode, content in itertools.product(
+                    module.WRITE_MODES, (b"x", LARGE)
+                ):
+                    storage = self.account.storage(write_mode=mode)
+                    with self.assertRaisesRegex(
+                        DropboxStorageException, "a name must not"
+                    ):
+                        storage._save(name, ContentFile(content))
+                for mode in ("wb", "xb", "ab"):
+                    with self.assertRaisesRegex(
+                        DropboxStorageException, "a name must not"
+                    ):
+                        self.storage.open(name, mode).close()
+        self.holds({})
+
+    def test_an_absolute_name_inside_the_root_is_that_name(self):
+        """Rows of years hold them. FileSystemStorage takes them, too."""
+        for root, name, path in (
+            ("/media", "/media/a.png", "/media/a.png"),
+            ("/media", "/media/dir//./b/../a.png", "/media/dir/a.png"),
+            ("/media", "/media/media/a", "/media/media/a"),
+            ("/media", "media/a", "/media/media/a"),
+            ("/", "/a.png", "/a.png"),
+            ("/", "/etc/passwd", "/etc/passwd"),
+            ("/e\u0301", "/\xe9/a", "/\xe9/a"),
+            ("/media", "\\media\\a", "/media/a"),
+        ):
+            with self.subTest(root=root, name=name):
+                self.account.entries.clear()
+                self.account.put(path, b"x")
+                storage = self.account.storage(root_path=root)
+                self.assertEqual(storage._full_path(name), path)
+                self.assertTrue(storage.exists(name))
+                self.assertEqual(storage.size(name), 1)
+                with storage.open(name) as file:
+                    self.assertEqual((file.name, file.read()), (name, b"x"))
+                self.assertEqual(self.account.follow(storage.url(name)), b"x")
+                relative = (
+                    path[len(root.rstrip("/")) :].lstrip("/")
+                    if root != "/e\u0301"
+                    else "a"
+                )
+                served = self.account.storage(root_path=root, base_url="/files")
+                self.assertEqual(served.url(name), f"/files/{relative}")
+                self.assertEqual(
+                    storage._save(name, ContentFile(b"y")).split("_")[0].split(".")[0],
+                    relative.split(".")[0],
+                )
+                storage.delete(name)
+                self.assertFalse(storage.exists(name))
+        storage = self.account.storage(root_path="/media")
+        for name in ("/mediax/a", "/Media2", "/a", "/media/../a", "/media/.."):
+            for act in (
+                storage.exists,
+                storage.open,
+                storage.delete,
+                storage.url,
+                storage._full_path,
+            ):
+                with self.assertRaisesRegex(
+                    SuspiciousFileOperation, "is outside '/media'"
+                ):
+                    act(name)
+        self.assertEqual(storage.listdir("/media"), storage.listdir(""))
+        with self.assertRaises(IsADirectoryError):
+            storage.delete("/media")
+
+    def test_full_path_is_the_one_place_that_makes_a_path(self):
+        """Programs call it beside the client, and override it, as in django-storages."""
+
+        class Windows(DropboxStorage):
+            def _full_path(self, name):
+                if name == "/":
+                    name = ""
+                name = str(name).replace("C:", "").replace("\\", "/")
+                return posixpath.join(self.root_path, name.lstrip("/"))
+
+        for root in ("/", "/r"):
+            self.account.entries.clear()
+            storage = self.account.connect(Windows("valid-token", root_path=root))
+            path = posixpath.join(root, "dir/a")
+            for content in (b"small", LARGE):
+                storage._save("C:/dir/a", ContentFile(content))
+                self.assertTrue(self.account.files() == {path: content})
+                self.assertTrue(storage.exists("C:\\dir\\a"))
+                self.assertEqual(storage.size("C:/dir/a"), len(content))
+                self.assertEqual(storage.listdir("C:/dir"), ([], ["a"]))
+                self.assertEqual(storage.listdir("/"), (["dir"], []))
+                self.assertTrue(self.read("C:/dir/a", storage) == content)
+                self.assertTrue(self.account.follow(storage.url("C:/dir/a")) == content)
+                self.write("C:/dir/a", b"new", storage=storage)
+                self.assertEqual(self.account.files(), {path: b"new"})
+                storage.delete("C:/dir/a")
+                self.assertEqual(self.account.files(), {})
+            self.assertRaises(IsADirectoryError, storage.delete, "C:")
+        for root, name, path in (
+            ("/", "a", "/a"), ("/r", "a/../b/", "/r/b"), ("/r", "", "/r"), ("/", "", ""),
+            ("/r", "/", "/r"), ("/", "/", ""),
+        ):  # fmt: skip
+            storage = self.account.storage(root_path=root)
+            self.assertEqual(storage._full_path(name), path)
+        storage.client.files_upload(b"x", storage._full_path("mine"))
+        self.assertTrue(storage.exists("mine"))
 
     def test_nul_and_surrogates_are_refused_without_a_request(self):
         for name in ("a\0b", "a\udc80b", "a\0/../../b"):
@@ -2594,6 +2728,32 @@ class LinkTests(StorageTestCase):
         options += ({"team_member_id": "dbmid:1"}, {"root_path": "/root"})
         links = {self.account.storage(**some).url("a b.txt") for some in options}
         self.assertEqual(len(links), 5)
+
+    def test_what_is_no_https_link_is_a_failed_answer(self):
+        for link in (
+            "javascript:alert(1)",
+            "http://169.254.169.254/",
+            "https://a/\r\nSet-Cookie: a=b",
+            "https://a b/",
+            "https://",
+            "https://\xe9/",
+            "",
+            "//a/",
+        ):
+            body = {"metadata": {}, "link": link}
+            found = untagged(self.account.entries["/a b.txt"].metadata())
+            body = json.dumps({"metadata": found, "link": link})
+            fault = answers(200, body.encode())
+            with self.subTest(link):
+                with self.failing("files/get_temporary_link", fault):
+                    self.leads_to(self.storage.url("a b.txt"), b"12345")
+                with self.refused(
+                    "files/get_temporary_link", fault, times=999
+                ) as caught:
+                    self.account.storage(url_cache_timeout=0).url("a b.txt")
+                self.assertTrue(caught.exception.temporary)
+                self.storage.delete("none")
+                cache.clear()
 
     def test_a_missing_file_has_an_invalid_address_and_one_warning(self):
         for name, address in {
@@ -3721,14 +3881,16 @@ class ErrorTests(StorageTestCase):
     def test_permanent_failures_say_what_to_do(self):
         plain = [hint for hint in module.HINTS if not hint.context]
         for kind, told in {**SAID, **SAID_ALONE}.items():
-            route = "files/get_metadata"
+            # Only saving says what is wrong with a name.
+            saves = "malformed" in kind
+            route = "files/upload" if saves else "files/get_metadata"
             hints = [hint for hint in plain if hint.words in told]
             self.assertEqual(len(hints), kind in SAID, kind)
             advice = "".join(f" ({hint.advice})" for hint in hints)
             message = f"{route} of '/a' failed: {told}{advice}."
             with self.subTest(kind), self.costs(route), self.failing(route, kind):
                 with self.raises(DropboxStorageException, message) as caught:
-                    self.storage.exists("a")
+                    self.save("a") if saves else self.storage.exists("a")
                 error = caught.exception
                 self.assertTrue(told.startswith(error.reason), error.reason)
                 self.assertFalse(error.temporary)
@@ -3750,6 +3912,33 @@ class ErrorTests(StorageTestCase):
             with self.failing(route, kind, times=9):
                 with self.raises(DropboxStorageException, message):
                     act()
+
+    def test_a_secret_that_is_a_word_of_dropbox_changes_no_meaning(self):
+        """As placeholders in tests and settings are. It is shown nowhere all the same."""
+        for word in ("path", "s", "not_found", "token", "expired", "a", "error"):
+            values = {"oauth2_access_token": word, "oauth2_refresh_token": word}
+            for options in (
+                {"oauth2_access_token": word, "app_key": word},
+                {**REFRESHING, "app_key": word, "oauth2_refresh_token": f"{word}-1"},
+            ):
+                self.new_account()
+                self.account.tokens.add(word)
+                key, secret = options["app_key"], options.get("app_secret")
+                self.account.refresh_tokens[f"{word}-1"] = (key, secret)
+                storage = self.account.storage(
+                    **{**values, "oauth2_refresh_token": None, **options}
+                )
+                with self.subTest(word, options=[*options]):
+                    self.assertFalse(storage.exists("x"))
+                    if "oauth2_refresh_token" in options:
+                        self.account.expire_tokens()
+                        self.assertFalse(storage.exists("x"))
+                    with self.failing("*", "503", times=2):
+                        self.assertFalse(storage.exists("x"))
+                    with self.failing("*", "/path/insufficient_space"):
+                        with self.assertRaises(DropboxStorageException) as caught:
+                            storage.exists("x")
+                    self.assertEqual(caught.exception.reason, "path/insufficient_space")
 
     def test_the_user_message_is_shown(self):
         said = {"user_message": {"text": "Ask\nyour\x1b[31m admin.", "locale": "en"}}

@@ -2697,6 +2697,14 @@ class PauseTests(StorageTestCase):
                     self.assertFalse(self.storage.exists("a"))
                 self.assertEqual(self.clock.pauses, [value] * 3)
                 self.clock.pauses.clear()
+        for fields in ({"retry_after": 7}, {"retry_after": 7.0, "new": [1]}):
+            error = {"reason": {".tag": "too_many_requests"}, **fields}
+            body = {"error_summary": "too_many_requests/..", "error": error}
+            for fault in (answers(429, body), answers(429, body, Retry_After="3")):
+                with self.failing("files/get_metadata", fault):
+                    self.assertFalse(self.storage.exists("a"))
+                self.assertEqual(self.clock.pauses, [7])
+                self.clock.pauses.clear()
         for value in ("soon", "-1", "nan", "Wed, 25 Nov 2026 12:00:00 GMT"):
             with self.failing("files/get_metadata", "503_later", value=value):
                 self.assertFalse(self.storage.exists("a"))
@@ -2755,7 +2763,15 @@ class ReasonTests(StorageTestCase):
                 with self.assertRaises((OSError, DropboxStorageException)) as caught:
                     self.storage.size("a")
                 self.assertIs(type(caught.exception), error)
+        self.assertEqual(DropboxStorageException("text").retry_after, 0)
         self.account.put("/a", b"12345")
+        storage = self.account.storage(**REFRESHING)
+        for reason in ("expired_access_token/more", "invalid_access_token/more"):
+            storage.exists("a")
+            fault = answers(401, {"error_summary": f"{reason}/.", "error": {}})
+            renewed = ["files/get_metadata", "oauth2/token", "files/get_metadata"]
+            with self.failing("files/get_metadata", fault), self.costs(*renewed):
+                self.assertEqual(storage.size("a"), 5)
         for reason in (
             "too_many_write_operations/more",
             "path/too_many_write_operations/x",
