@@ -4,6 +4,7 @@ Of the fake Dropbox, of threads, memory and garbage, of random sequences, and of
 real Dropbox may turn out to do.
 """
 
+import _thread
 import collections
 import contextlib
 import copy
@@ -82,7 +83,6 @@ from test_dropbox_storage import (  # noqa: F401
     QUIRKS,
     REFRESHING,
     TRANSIENT,
-    TRUE_SIZES,
     UNIT,
     Broken,
     DropboxStorage,
@@ -314,6 +314,7 @@ def signal_stress(seconds):
 
     account, calls, signals = FakeAccount(), collections.Counter(), 0
     account.expires_in = 0
+    account.lock = contextlib.nullcontext()  # this lock, too, could stay locked
     storage = account.storage(**REFRESHING, timeout=5)
     end = time.monotonic() + seconds
 
@@ -437,10 +438,6 @@ class MemoryTests(StorageTestCase):
 
     def test_chunks_and_blocks_have_the_sizes_that_are_documented(self):
         self.account.put("/big", ZEROS * 5)
-        self.assertEqual(
-            [size / MiB for size in TRUE_SIZES], [4, 150, 8, 2, 0.5, 0.125, 0.25]
-        )
-        self.assertEqual(DropboxStorage.CHUNK_SIZE, 4 * MiB)
         with self.costs("files/download"), self.storage.open("big") as file:
             file.read(2 * MiB)
         for size, calls in ((8 * MiB, 1), (8 * MiB + 1, 5)):
@@ -584,8 +581,9 @@ class LeavingTests(StorageTestCase):
             stream.close()
 
         self.account.fail("files/download", close)
-        with self.assertRaises((DropboxStorageException, ValueError, AttributeError)):
-            stream.read(9)
+        self.assertEqual(stream.read(9), HUGE[9 * UNIT :][:9])  # it was on its way
+        self.assertRaises(ValueError, stream.read, 9)
+        self.ends_its_threads()
 
     def test_a_reader_that_the_garbage_collector_closes(self):
         """In whatever thread, with whatever lock: as here that of the refresh."""
@@ -636,7 +634,7 @@ class LeavingTests(StorageTestCase):
     def test_transfers_where_no_thread_can_be_started(self):
         full = RuntimeError("can't start new thread")
         self.storage = self.account.storage(**REFRESHING)
-        with unittest.mock.patch.object(self.threads, "start_new_thread") as start:
+        with unittest.mock.patch.object(_thread, "start_new_thread") as start:
             start.side_effect = full
             self.save("big", HUGE)
             self.assertTrue(self.storage.open("big").read() == HUGE)
@@ -1026,7 +1024,7 @@ class FailureTests(StorageTestCase):
         for mock in (unittest.mock.Mock(), unittest.mock.MagicMock(), None, "text"):
             error = dropbox.exceptions.ApiError("id", mock, "text", "en")
             method = (dropbox.Dropbox, "files_get_metadata")
-            message = "files/get_metadata of '/a' failed: ApiError."
+            message = f"files/get_metadata of '/a' failed: ApiError {error}."
             with unittest.mock.patch.object(*method, side_effect=error):
                 with self.raises(DropboxStorageException, message):
                     self.storage.exists("a")
@@ -1170,11 +1168,10 @@ class FailureTests(StorageTestCase):
         for error, told in (
             (bundle, f"OSError {bundle}"),
             (requests.exceptions.SSLError(f"{connect} {verify}"),
-             f"SSLError {connect} {verify} (set REQUESTS_CA_BUNDLE to a file with the CA "
-             "certificates of your network)"),
+             f"SSLError {connect} {verify} (set REQUESTS_CA_BUNDLE to the CAs of your "
+             "network)"),
             (requests.exceptions.ProxyError(tunnel),
-             f"ProxyError {tunnel} (the proxy refuses; check address, user and password in "
-             "HTTPS_PROXY)"),
+             f"ProxyError {tunnel} (the proxy refuses; check its user and password)"),
             (requests.exceptions.InvalidProxyURL("http://user:secret@[x"),
              "InvalidProxyURL bad address (check HTTPS_PROXY and the like: "
              "http://user:password@host:port, where special characters of the password are "
@@ -1192,14 +1189,6 @@ class FailureTests(StorageTestCase):
             self.assertEqual(self.clock.pauses, [])
             self.assertFalse(caught.exception.temporary)
             self.assertEqual(caught.exception.reason, type(error).__name__)
-
-    def test_every_hint_can_be_shown(self):
-        """None is hidden by one that stands before it."""
-        for hint in module.HINTS:
-            refreshing = hint.context == module.REFRESHING
-            route = "files/delete_v2" if refreshing else f"{hint.context}load"
-            found = module._find_hint(f"path/{hint.words}/x", route, refreshing)
-            self.assertIs(found, hint)
 
 
 class Unprintable(str):
@@ -1317,7 +1306,7 @@ class SecretTests(StorageTestCase):
 
     def test_no_debug_page_shows_a_secret(self):
         """Of any operation under any kind of failure: its frames are shown with all they hold."""
-        names = module.CREDENTIALS[1:]
+        names = [name for name in module.CREDENTIALS if "access" not in name]
         secrets = {name: f"{os.urandom(9).hex()}-{name}" for name in names}
         values = [*secrets.values()]
 
@@ -1457,8 +1446,8 @@ class SecretTests(StorageTestCase):
         def read(name, mode, size):
             with self.storage.open(name, mode) as file:
                 file.read(5)
-                self.account.fail("files/download", "truncate", times=99)
-                self.account.fail("files/download", "corrupt", times=99)
+                kind = "truncate" if size < 0 else "503"
+                self.account.fail("files/download", kind, times=99)
                 file.seek(4 * UNIT)
                 file.read(size)
 
@@ -1670,17 +1659,30 @@ class ProcessTests(StorageTestCase):
             self.assertEqual(authorization, "Bearer valid-token")
             self.assertIsNone(account.cookie)
 
-    def test_proxies_and_certificates_of_the_environment_are_used(self):
+    def test_proxies_and_certificates_are_looked_up_once(self):
+        """requests looks into the environment for each request."""
+        asked = []
+
         class Asking(FakeAccount):
             def send(self, request, stream, timeout, verify, cert, proxies):
-                self.asked = verify, proxies.get("https")
+                asked.append(
+                    (verify, requests.utils.select_proxy(request.url, proxies))
+                )
                 return super().send(request, stream, timeout)
 
         environment = {"HTTPS_PROXY": "http://proxy:1", "REQUESTS_CA_BUNDLE": "/ca.pem"}
-        with unittest.mock.patch.dict(os.environ, environment):
-            with self.mounted(Asking()) as account:
-                DropboxStorage("valid-token").exists("a")
-        self.assertEqual(account.asked, ("/ca.pem", "http://proxy:1"))
+        for more, proxies in (
+            ({}, ["http://proxy:1"] * 2),
+            ({"NO_PROXY": ".dropboxapi.com"}, [None] * 2),
+            ({"HTTPS_PROXY": "", "ALL_PROXY": "http://all:1"}, ["http://all:1"] * 2),
+        ):
+            with self.mounted(Asking()):
+                asked.clear()
+                storage = DropboxStorage("valid-token")
+                with unittest.mock.patch.dict(os.environ, {**environment, **more}):
+                    storage.exists("a")
+                storage.save("a", ContentFile(b"x"))
+                self.assertEqual(asked, [("/ca.pem", proxy) for proxy in proxies])
 
     def test_hooks_of_an_assigned_client_are_called_and_left_as_they_are(self):
         seen = []
@@ -2063,68 +2065,6 @@ class BrokenCache(BaseCache):
     add = set = delete = delete_many = get
 
 
-class RetryTests(unittest.TestCase):
-    """What follows a failure, as a table: no request is sent."""
-
-    def decide(self, *failures, max_wait=60, can_refresh=False):
-        """Add (reason, fields, seconds) in turn. Return the pause, or "give up"."""
-        retry = module._Retry(max_wait, 0.5, can_refresh)
-        for reason, fields, now in failures:
-            failure = module._Failure(reason, **dict.fromkeys(fields.split(), True))
-            retry.add(failure, now)
-        return "give up" if retry.gives_up else retry.pause, retry
-
-    def test_table(self):
-        busy = ("busy", "is_transient", 0)
-        expired, invalid = (
-            ("expired_access_token", "", 0),
-            ("invalid_access_token", "", 0),
-        )
-        for failures, options, least, most in (
-            ([("path/x", "", 0)], {}, "give up", 0),
-            ([busy], {}, 0.25, 0.5),
-            ([busy] * 2, {}, 0.5, 1),
-            ([busy] * 6, {}, 7.5, 15),
-            ([busy] * 2000, {}, 7.5, 15),
-            ([busy], {"max_wait": 0}, "give up", 0),
-            ([busy, ("busy", "is_transient", 59)], {}, 0.5, 1),
-            ([busy, ("busy", "is_transient", 60)], {}, "give up", 0),
-            ([busy, ("path/x", "", 1)], {}, "give up", 0),
-            ([busy, ("busy", "is_transient", 1e9)], {"max_wait": float("inf")}, 0.5, 1),
-            ([expired], {}, "give up", 0),
-            ([invalid], {}, "give up", 0),
-            ([expired], {"can_refresh": True, "max_wait": 0}, 0, 0),
-            ([invalid], {"can_refresh": True, "max_wait": 0}, 0, 0),
-            ([expired] * 2, {"can_refresh": True, "max_wait": 0}, "give up", 0),
-            ([expired] * 2, {"can_refresh": True}, 0.5, 1),
-            ([invalid] * 2, {"can_refresh": True}, "give up", 0),
-            ([expired, invalid], {"can_refresh": True}, "give up", 0),
-            ([busy, expired], {"can_refresh": True}, 0, 0),
-        ):
-            found, retry = self.decide(*failures, **options)
-            with self.subTest(failures=failures[:3], options=options):
-                self.assertEqual(retry.attempts, len(failures))
-                if least == "give up":
-                    self.assertEqual(found, least)
-                else:
-                    self.assertNotEqual(found, "give up")
-                    self.assertTrue(least <= found <= most, found)
-
-    def test_a_lost_response_is_remembered(self):
-        gone, refused = ("gone", "is_transient is_lost", 0), ("path/conflict", "", 7)
-        retry = self.decide(gone, refused)[1]
-        self.assertTrue(retry.failure.is_lost)
-        self.assertFalse(retry.failure.is_transient)
-        self.assertEqual((retry.waited, retry.failure.reason), (7, "path/conflict"))
-
-    def test_dropbox_says_how_long_to_wait(self):
-        retry = module._Retry(60, 0.5, False)
-        retry.add(module._Failure("busy", is_transient=True, retry_after=7.5), 0)
-        self.assertEqual((retry.pause, retry.gives_up), (7.5, False))
-        retry.add(module._Failure("busy", is_transient=True, retry_after=60), 0)
-        self.assertTrue(retry.gives_up)
-
-
 class StalledTokenTests(StorageTestCase):
     """The token endpoint stalls: only what needs a new token waits, and not for long."""
 
@@ -2169,7 +2109,8 @@ class StalledTokenTests(StorageTestCase):
                 error = future.exception()
                 self.assertIsInstance(error, DropboxStorageException)
                 self.assertTrue(error.temporary)
-            self.assertLess(time.monotonic() - begun, 1.4)  # 0.5, not eight times that
+            # An attempt may take 0.5 s for each of two addresses, and then for the answer.
+            self.assertLess(time.monotonic() - begun, 2)
             self.assertIn("token refresh timed out", str(error))
             self.account.release.set()
             self.ends_its_threads()
@@ -2489,7 +2430,7 @@ class BlockTests(StorageTestCase):
             with self.failing("files/download", "truncate", times=9):
                 file.seek(10 * UNIT)
                 with self.assertRaises(DropboxStorageException):
-                    file.read(1)
+                    file.read()
             file.seek(0)
             self.assertTrue(file.read() == self.big)
             file.seek(0)
@@ -2544,7 +2485,7 @@ class BlockTests(StorageTestCase):
 
         account = Recording()
         storage = account.storage()
-        for size, is_read in ((UNIT, True), (1400, True), (2000, False)):
+        for size, is_read in ((0, True), (600, True), (700, False)):
             account.put("/a", noise(size))
             with storage.open("a") as file:
                 file.read(1)
@@ -2560,7 +2501,7 @@ class BlockTests(StorageTestCase):
             self.assertEqual(account.bodies[-1].length_remaining, left)
             file = storage.open("a")
             file.read(1)
-            with unittest.mock.patch.object(self.threads, "start_new_thread") as start:
+            with unittest.mock.patch.object(_thread, "start_new_thread") as start:
                 del file
                 gc.collect()
             start.assert_not_called()  # by a finalizer
@@ -2735,7 +2676,10 @@ class ReasonTests(StorageTestCase):
             '"text"': 'HTTP 400 "text"',
             '{"error_summary": 7}': 'HTTP 400 {"error_summary": 7}',
             '{"error_summary": ".."}': 'HTTP 400 {"error_summary": ".."}',
-            '{"error": {".tag": "x"}}': 'HTTP 400 {"error": {".tag": "x"}}',
+            '{"error": {".tag": "x"}}': "x",
+            '{"error_summary": "path/..", "error": {".tag": "path", "path": '
+            '{".tag": "conflict", "conflict": {".tag": "x"}}}}': "path/conflict/x",
+            '{"error_summary": "a/b", "error": {".tag": "c"}}': "a/b",
             '{"error": "x", "error_description": "y"}': "x y",
             "a\x00b\u202ec": "HTTP 400 a b c",
             "word" * 1000: f"HTTP 400 {'word' * 1000}"[:500],
