@@ -16,7 +16,7 @@ README.md describes the options and what the storage promises. The sections here
     Hashes and threads             what both of them use
     The way to Dropbox             requests, repeated and with a token; clients
     What a failure means           what is repeated, and which error is raised
-    The view                       serve()
+    The view and the commands      serve(), check() and authorize()
 
 A section calls only those below it: a storage calls an upload, an upload calls _Api,
 and _Api calls the SDK. A storage holds its options and, if you assign one, its client.
@@ -42,6 +42,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import posixpath
@@ -60,13 +61,14 @@ from django.conf import settings
 from django.core.cache import caches
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files import storage as django_storage
-from django.core.files.base import File
+from django.core.files.base import ContentFile, File
 from django.utils.deconstruct import deconstructible
 from django.utils.encoding import filepath_to_uri
 from django.utils.functional import Promise
 from django.utils.module_loading import import_string
 
-__all__ = ["DropboxFile", "DropboxStorage", "DropboxStorageException", "serve"]
+__all__ = ["DropboxFile", "DropboxStorage", "DropboxStorageException"]
+__all__ += ["authorize", "check", "serve"]
 __version__ = "1.0.0"
 
 logger = logging.getLogger("dropbox_storage")
@@ -645,8 +647,8 @@ class DropboxStorage(django_storage.Storage):
 
     def _make_relative(self, name):
         """Return an absolute name inside root_path as a relative one."""
-        is_inside = f"{name}/".startswith(f"{self._root}/")
-        return name[len(self._root) + 1 :] if is_inside else name
+        root = self._root
+        return name[len(root) + 1 :] if f"{name}/".startswith(f"{root}/") else name
 
     @property
     def _root(self):
@@ -1705,6 +1707,9 @@ class _Api:
             had_new_token = any(one.is_token_refused for one in failures)
             failures.append(failure)
             reason = _redact(failure.reason, self.owner)
+            status = failure.refusal[1] if failure.refusal else None
+            record = {"route": route, "path": path, "status": status}
+            record.update(seconds=waited, attempt=number)
             if failure.is_token_refused and not had_new_token:
                 pause = 0  # the next attempt begins with a new token
             elif not failure.is_transient or waited + pause >= self.max_wait:
@@ -1712,10 +1717,11 @@ class _Api:
                 failure = failure._replace(is_lost=is_lost)
                 tries = _describe_tries(failure, number, waited, self.max_wait)
                 cause = _make_cause(failure)
-                raise _make_error(route, path, failure, reason, tries) from cause
+                raise _make_error(failure, reason, tries, record) from cause
             level = logging.INFO if number == 1 else logging.WARNING
             message = "%s of %r failed at attempt %d: %s. Next attempt in %.1f s."
-            logger.log(level, message, route, path, number, reason, pause)
+            arguments = (route, path, number, reason, pause)
+            logger.log(level, message, *arguments, extra=record)
             time.sleep(pause)
 
     def try_once(self, attempt):
@@ -1765,8 +1771,9 @@ class _CheckedSession:
         status = response.status_code
         if logger.isEnabledFor(logging.DEBUG):
             seconds = response.elapsed.total_seconds()
-            path = response.request.path_url
-            logger.debug("%s: HTTP %d in %.3f s.", path, status, seconds)
+            route = response.request.path_url
+            record = {"route": route, "status": status, "seconds": seconds}
+            logger.debug("%s: HTTP %d in %.3f s.", *record.values(), extra=record)
         if 200 <= status < 300:
             return response
         used = response.request.headers.get("Authorization")
@@ -2036,8 +2043,13 @@ OWNER_ADVICE = {
     ),
     "bad header": "a token or header of the client is no printable ASCII",
 }
+NO_NETWORK = ("Failed to resolve", "Failed to establish a new connection")
+NO_NETWORK += ("connect to proxy", "connect timeout", "Network is unreachable")
 ADVICE = {
     **OWNER_ADVICE,
+    **dict.fromkeys(
+        NO_NETWORK, "check the network, the DNS and the proxy of this host"
+    ),
     "disallowed_name": "Dropbox reserves that name; get_valid_name() mends it",
     "malformed_path": (
         "a name must not hold a backslash, NUL or DEL, end with a space or have more "
@@ -2213,11 +2225,14 @@ def _find_parts(secret):
     return [part for part in parts if part]
 
 
-def _make_error(route, path, failure, reason, tries):
+def _make_error(failure, reason, tries, record):
     """Return the error that Django expects, with the failure on it, and log it.
 
-    reason: as it is shown. tries: how long the request was attempted.
+    reason: as it is shown. tries: how long the request was attempted. record: what the
+    log has for programs, with the route and the path.
     """
+    route = record["route"]
+    path = record["path"]
     codes = [OS_ERRORS[tags] for tags in OS_ERRORS if _has_tags(failure.reason, tags)]
     is_upload = route.startswith("files/upload")
     if codes and not (is_upload and _has_tags(failure.reason, "malformed_path")):
@@ -2237,9 +2252,10 @@ def _make_error(route, path, failure, reason, tries):
     )
     error.failure = failure
     if failure.is_transient:
-        logger.warning("Gave up: %s", error)
+        logger.warning("Gave up: %s", error, extra=record)
     elif words in OWNER_ADVICE:
-        logger.error(f"{words}: %s", error)  # trackers group errors by the template
+        # Trackers group errors by the template.
+        logger.error(f"{words}: %s", error, extra=record)
     return error
 
 
@@ -2261,10 +2277,12 @@ def _describe_tries(failure, attempts, waited, max_wait):
     return f" ({attempts} attempt{'s' * (attempts > 1)}, {waited:.0f} s{asked})"
 
 
-# -- The view --------------------------------------------------------------------------
+# -- The view and the commands ---------------------------------------------------------
 
 # Seconds. A browser keeps a redirect to a link for this much less than the link lives.
 LINK_RESERVE = 60
+
+SCOPES = ("files.metadata.read", "files.content.read", "files.content.write")
 
 
 def serve(request, path, storage="default"):
@@ -2274,35 +2292,143 @@ def serve(request, path, storage="default"):
     without a file is a 404, and so is one that is not spelled as the storage spells it,
     such as "public/../private": a view that checks the path has checked the file. To
     decide who may look, wrap it in login_required or the like. A browser keeps the
-    redirect for less time than the link is valid.
+    redirect for less time than the link is valid. While Dropbox is busy or down, the
+    answer is a 503.
     """
-    from django.http import Http404, HttpResponseNotAllowed, HttpResponseRedirect
+    from django import http
 
     if request.method not in ("GET", "HEAD"):
-        return HttpResponseNotAllowed(["GET", "HEAD"])
+        return http.HttpResponseNotAllowed(["GET", "HEAD"])
     storage = _find_storage(storage)
     try:
         if path != storage._clean_name(path):
-            raise Http404(path)
+            raise http.Http404(path)
         link = storage._cached_link(storage._api, storage._path(path)).get()
     except (*NO_FILE, SuspiciousFileOperation) as error:
-        raise Http404(path) from error
+        raise http.Http404(path) from error
+    except DropboxStorageException as error:
+        if not error.temporary:
+            raise
+        response = http.HttpResponse("Try again later.", status=503)
+        if error.retry_after:
+            response["Retry-After"] = f"{math.ceil(error.retry_after)}"
+        return response
     # The link may have been in the cache for so long.
     age = storage._option("url_cache_timeout") or 0
     seconds = int(min(age, LINK_LIFE - LINK_RESERVE - age))
     cache_control = f"private, max-age={seconds}"
-    return HttpResponseRedirect(link, headers={"Cache-Control": cache_control})
+    return http.HttpResponseRedirect(link, headers={"Cache-Control": cache_control})
 
 
 def _find_storage(storage):
     """Return the DropboxStorage with that alias, or the one that is given."""
+    found = storage
     if storage == "default":  # the only alias before Django 4.2
-        storage = django_storage.default_storage
+        found = django_storage.default_storage
     elif isinstance(storage, str):
         if not hasattr(django_storage, "storages"):
-            found = f"Before Django 4.2 there is no alias {storage!r}"
-            raise ImproperlyConfigured(f"{found}: pass serve() the storage itself.")
-        storage = django_storage.storages[storage]
-    if not isinstance(storage, DropboxStorage):
-        raise ImproperlyConfigured(f"serve() needs a DropboxStorage, not {storage!r}.")
-    return storage
+            text = f"Before Django 4.2 there is no alias {storage!r}"
+            raise ImproperlyConfigured(f"{text}: pass the storage itself.")
+        found = django_storage.storages[storage]
+    if isinstance(found, DropboxStorage):
+        return found
+    kind = found.__class__.__name__
+    raise ImproperlyConfigured(
+        f"The storage {storage!r} is a {kind}, no DropboxStorage: check STORAGES."
+    )
+
+
+def check(alias="default"):
+    """Save, read and delete a file in the storage, and print that it works.
+
+    alias: in STORAGES. If it does not work, this ends with SystemExit and one line that
+    says what is wrong and what to do.
+    """
+    note = ""
+    content = b"checked"
+    try:
+        storage = _find_storage(alias)
+        root = storage._option("root_path")
+        if root.lower().startswith("/apps/"):
+            note = " An App folder is the root already: root_path begins inside it."
+        name = f"check-{os.urandom(8).hex()}.txt"
+        name = storage.save(name, ContentFile(content))
+        try:
+            with storage.open(name) as file:
+                is_same = file.read() == content
+        finally:
+            storage.delete(name)
+    except (ImproperlyConfigured, ImportError) as error:
+        raise SystemExit(f"Check the settings: {error}") from None
+    except (DropboxStorageException, OSError, SuspiciousFileOperation) as error:
+        raise SystemExit(f"It does not work: {error}{note}") from None
+    if not is_same:
+        raise SystemExit(f"It does not work: {name} came back with other bytes.{note}")
+    print(f"It works: {name} was saved in Dropbox in {root}, read and deleted.{note}")
+
+
+def authorize(app_key):
+    """Let a person allow the app, print its settings, and return the refresh token.
+
+    app_key: of an app in the App Console, which needs no secret. The person allows the
+    app on a page of Dropbox, and types the code that this page shows. If that fails,
+    this ends with SystemExit and one line that says what to do.
+    """
+    from dropbox import DropboxOAuth2FlowNoRedirect
+    from requests import RequestException
+
+    flow = DropboxOAuth2FlowNoRedirect(
+        app_key, use_pkce=True, token_access_type="offline", scope=[*SCOPES]
+    )
+    print(f"Open this address and allow the app to use your Dropbox:\n{flow.start()}\n")
+    try:
+        code = input("Type the code that the page shows: ").strip()
+        result = flow.finish(code) if code else None
+    except (EOFError, KeyboardInterrupt):
+        result = None
+    except (RequestException, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(_describe_refusal(error, app_key)) from None
+    if result is None:
+        raise SystemExit("No code was typed. Run this again and copy it from the page.")
+    lacking = [one for one in SCOPES if one not in f"{result.scope or SCOPES}"]
+    if lacking:
+        raise SystemExit(
+            f"The app may not use {', '.join(lacking)}: tick it under Permissions in "
+            "the App Console, press Submit, and run this again."
+        )
+    print(f"\nDROPBOX_APP_KEY={app_key}")
+    print(f"DROPBOX_OAUTH2_REFRESH_TOKEN={result.refresh_token}")
+    return result.refresh_token
+
+
+def _describe_refusal(error, app_key):
+    """Say what to do if the code was not exchanged."""
+    answer = getattr(getattr(error, "response", None), "text", "")
+    if "invalid_grant" in answer:
+        return "The code is wrong, was used or is too old. Run this again for another."
+    if "invalid_client" in answer or "invalid_app" in answer:
+        return f"There is no app {app_key!r}: copy the App key in the App Console."
+    told = _printable(f"{type(error).__name__} {answer or error}")
+    words = ADVICE_WORDS.search(told)
+    advice = ADVICE[words[0]] if words else "run this again"
+    return f"Dropbox did not answer as it must: {told} ({advice})."
+
+
+def _main():
+    import argparse
+
+    name = __spec__.name if __spec__ else "dropbox_storage"
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description="Get a refresh token for an app that you have made in the App "
+        "Console, https://www.dropbox.com/developers/apps, and print the settings.",
+    )
+    parser.add_argument("app_key", nargs="?", help="the App key, in the App Console")
+    app_key = parser.parse_args().app_key
+    if not app_key:
+        raise SystemExit(f"Give the App key of your app: {parser.prog} APP_KEY")
+    authorize(app_key)
+
+
+if __name__ == "__main__":
+    _main()

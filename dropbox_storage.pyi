@@ -10,7 +10,14 @@ from django.core.files.storage import Storage  # type: ignore[import-untyped, un
 from django.http import HttpRequest, HttpResponseBase  # type: ignore[import-untyped, unused-ignore]
 from typing_extensions import Self, TypeAlias
 
-__all__ = ["DropboxFile", "DropboxStorage", "DropboxStorageException", "serve"]
+__all__ = [
+    "DropboxFile",
+    "DropboxStorage",
+    "DropboxStorageException",
+    "authorize",
+    "check",
+    "serve",
+]
 __version__: str
 
 _Name: TypeAlias = str | os.PathLike[str]
@@ -89,6 +96,8 @@ class DropboxStorage(Storage):  # type: ignore[misc, unused-ignore]
     def client(self) -> Any: ...
     @client.setter
     def client(self, client: Any) -> None: ...
+    # Dropbox's path of a name, for requests through the client.
+    def _full_path(self, name: _Name) -> str: ...
     # What subclasses override: files of any kind may go in and come out.
     def _open(self, name: str, mode: Any = "rb") -> File[Any]: ...
     def _save(self, name: str, content: File[Any]) -> str: ...
@@ -141,6 +150,8 @@ class DropboxFile(File[AnyStr], Generic[AnyStr]):  # type: ignore[misc, unused-i
     @property
     def read(self) -> _Read[AnyStr]: ...
     @property
+    def readline(self) -> _Read[AnyStr]: ...
+    @property
     def write(self) -> _Write[AnyStr]: ...
     def chunks(
         self, chunk_size: int | None = None
@@ -160,3 +171,5 @@ class DropboxFile(File[AnyStr], Generic[AnyStr]):  # type: ignore[misc, unused-i
 def serve(
     request: HttpRequest, path: str, storage: str | DropboxStorage = "default"
 ) -> HttpResponseBase: ...
+def check(alias: str = "default") -> None: ...
+def authorize(app_key: str) -> str: ...

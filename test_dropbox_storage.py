@@ -4057,6 +4057,19 @@ class ServeTests(StorageTestCase):
             self.assertEqual(self.account.links[response["Location"]], b"12345")
         self.assertEqual(self.browse("/files/gone").status_code, 404)
 
+    def test_while_dropbox_is_busy_the_answer_is_a_503(self):
+        self.storage.max_wait = 0
+        for kind, value, later in (
+            ("429", 7, "7"), ("503", 0, None), ("reset", 0, None), ("503_later", 2.5, "3"),
+        ):  # fmt: skip
+            with self.failing("*", kind, times=99, value=value):
+                response = self.get("dir/a b.jpg")
+            self.assertEqual(response.status_code, 503)
+            self.assertEqual(response.get("Retry-After"), later)
+        for kind in ("missing_scope", "/path/restricted_content"):
+            with self.refused("*", kind, times=99):
+                self.get("dir/a b.jpg")
+
     @unittest.skipIf(django.VERSION < (4, 2), "aliases came with Django 4.2")
     def test_an_anonymous_visitor_is_sent_to_the_login(self):
         response = self.browse("/private/dir/a%20b.jpg")
@@ -4108,9 +4121,165 @@ class ServeTests(StorageTestCase):
     def test_a_storage_of_another_kind_is_refused(self):
         other = django_storage.FileSystemStorage()
         with self.assertRaisesRegex(
-            ImproperlyConfigured, r"^serve\(\) needs a DropboxStorage, not <"
+            ImproperlyConfigured,
+            "is a FileSystemStorage, no DropboxStorage: check STORAGES",
         ):
             self.get("a", storage=other)
+
+
+class CheckTests(StorageTestCase):
+    """check() ends with one line, whatever is wrong."""
+
+    def run_check(self, options, alias="default", before=None):
+        """The line, and the status with which the command ends."""
+        backend = f"{__name__}.CallableStorage"
+        options = {"oauth2_access_token": "valid-token", "max_wait": 0, **options}
+        entry = {"BACKEND": options.pop("backend", backend), "OPTIONS": options}
+        if entry["BACKEND"] != backend:
+            entry["OPTIONS"] = {}
+        with override_settings(STORAGES={**settings.STORAGES, "checked": entry}):
+            with contextlib.redirect_stdout(io.StringIO()) as shown:
+                try:
+                    module.check("checked" if alias == "default" else alias)
+                except SystemExit as error:
+                    self.assertIs(error.__suppress_context__, True)
+                    return str(error)
+        return shown.getvalue()
+
+    @unittest.skipUnless(HAS_STORAGES, "aliases came with Django 4.2")
+    def test_each_end(self):
+        works = r"It works: check-\w{16}\.txt was saved in Dropbox in %s, read and deleted\."
+        apps = " An App folder is the root already: root_path begins inside it."
+        refused = r"It does not work: files/upload of '/callable/check-\w+.txt' failed"
+        for options, fault, line in (
+            ({}, None, f"{works % '/callable'}\n"),
+            ({"root_path": "/Apps/x"}, None, f"{works % '/Apps/x'}{apps}\n"),
+            ({"write_mode": "update"}, None, f"{works % '/callable'}\n"),
+            ({}, "/path/insufficient_space", rf"{refused}: .*\(the account is full.*"),
+            ({}, "missing_scope", rf"{refused}: missing_scope .*authorize again\)\."),
+            ({}, "reset", rf"{refused} \(1 attempt, 0 s\): .*"),
+            ({"oauth2_access_token": ""}, None, "Check the settings: oauth2_refresh_.*"),
+            ({"oauth2_access_token": "'x'"}, None, "Check the settings: .* is not shown."),
+            ({"tokn": 1}, None, "Check the settings: Unknown option tokn; there are .*"),
+            ({"backend": "django.core.files.storage.FileSystemStorage"}, None,
+             "Check the settings: The storage 'checked' is a FileSystemStorage, no .*"),
+            ({"backend": "missing.Storage"}, None, "Check the settings: Could not find.*"),
+        ):  # fmt: skip
+            self.account.faults.clear()
+            if fault:
+                self.account.fail("files/upload", fault, times=99)
+            with self.subTest(options, fault=fault):
+                self.assertRegex(self.run_check(options), f"^{line}$")
+            self.holds({})
+        self.assertRegex(
+            self.run_check({}, "none"), "^Check the settings: Could not find"
+        )
+
+    @unittest.skipUnless(HAS_STORAGES, "aliases came with Django 4.2")
+    def test_what_comes_back_and_what_stays(self):
+        self.account.fail("files/download", "corrupt")
+        self.assertRegex(self.run_check({}), "Dropbox has other bytes")
+        self.holds({})
+        self.account.fail("files/delete_v2", "missing_scope")
+        self.assertRegex(
+            self.run_check({}), "files/delete_v2 of .* failed: missing_scope"
+        )
+
+
+class AuthorizeTests(unittest.TestCase):
+    """The command that gets a refresh token. The exchange of codes is that of the SDK."""
+
+    scopes = (
+        "account_info.read files.metadata.read files.content.read files.content.write"
+    )
+
+    def exchange(self, code, answer, *arguments, **patches):
+        """What is printed, and how it ends, if Dropbox answers this to the code."""
+        asked = []
+
+        class Answering(requests.adapters.HTTPAdapter):
+            def send(self, request, **kwargs):
+                asked.append(parse_qs(request.body))
+                if isinstance(answer, Exception):
+                    raise answer
+                status = 200 if "refresh_token" in answer else 400
+                body = io.BytesIO(json.dumps(answer).encode())
+                raw = urllib3.HTTPResponse(body, status=status, preload_content=False)
+                return self.build_response(request, raw)
+
+        def session(**kwargs):
+            session = requests.Session()
+            session.mount("https://", Answering())
+            return session
+
+        oauth = importlib.import_module("dropbox.oauth")
+        end = None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                unittest.mock.patch.object(oauth, "pinned_session", session)
+            )
+            ask = unittest.mock.patch("builtins.input", side_effect=[code])
+            stack.enter_context(ask)
+            argv = ["module", *(arguments or ("app-key",))]
+            stack.enter_context(unittest.mock.patch.object(sys, "argv", argv))
+            shown = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            try:
+                module._main()
+            except SystemExit as error:
+                end = str(error)
+        self.assertLessEqual(len(asked), 1)
+        return shown.getvalue(), end, asked
+
+    def test_the_token_is_printed(self):
+        answer = {"access_token": "sl.x", "refresh_token": "fresh", "uid": "1"}
+        answer.update(account_id="dbid:1", expires_in=14400, scope=self.scopes)
+        shown, end, (asked,) = self.exchange(" code\n", answer)
+        self.assertIsNone(end)
+        lines = shown.splitlines()
+        self.assertEqual(
+            lines[-2:],
+            ["DROPBOX_APP_KEY=app-key", "DROPBOX_OAUTH2_REFRESH_TOKEN=fresh"],
+        )
+        address = next(line for line in lines if line.startswith("https://"))
+        query = parse_qs(urlsplit(address).query)
+        self.assertEqual(query["token_access_type"], ["offline"])
+        self.assertEqual(query["code_challenge_method"], ["S256"])
+        self.assertEqual(query["scope"], [" ".join(self.scopes.split()[1:])])
+        self.assertEqual((asked["code"], asked["client_id"]), (["code"], ["app-key"]))
+        self.assertNotIn("client_secret", asked)
+
+    def test_what_fails_is_one_line(self):
+        lacking = {"access_token": "sl.x", "refresh_token": "fresh", "uid": "1"}
+        lacking.update(
+            account_id="dbid:1", scope="files.metadata.read files.content.read"
+        )
+        for code, answer, arguments, end in (
+            ("x", {"error": "invalid_grant"}, (), "The code is wrong, was used or is too old."),
+            ("x", {"error": "invalid_client"}, (), "There is no app 'app-key': "),
+            ("x", {"error": "else"}, (), "Dropbox did not answer as it must: HTTPError .*else"),
+            ("x", lacking, (), "The app may not use files.content.write: tick it "),
+            ("x", {"refresh_token": "x"}, (), "Dropbox did not answer as it must: KeyError"),
+            ("x", requests.ConnectionError("Failed to resolve 'x'"), (),
+             r"Dropbox did not answer .* \(check the network"),
+            ("", {}, (), "No code was typed."),
+            (EOFError(), {}, (), "No code was typed."),
+            (KeyboardInterrupt(), {}, (), "No code was typed."),
+            ("x", {}, ("",), "Give the App key of your app: python -m "),
+        ):  # fmt: skip
+            with self.subTest(code=code, answer=answer):
+                shown, found, _ = self.exchange(code, answer, *arguments)
+                self.assertRegex(found, f"^{end}")
+                self.assertNotIn("\n", found)
+                self.assertNotIn("REFRESH_TOKEN", shown)
+
+    def test_the_module_runs_as_a_command(self):
+        for name in {module.__name__, module.__spec__.name}:
+            shown = run_python(
+                f"import runpy; sys.argv = ['x']; runpy.run_module({name!r}, run_name='__main__')"
+            )
+            self.assertEqual(
+                shown, f"Give the App key of your app: python -m {name} APP_KEY\n"
+            )
 
 
 def nobody_is_logged_in(get_response):

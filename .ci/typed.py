@@ -7,7 +7,13 @@ from typing import Any
 from django.core.files.base import ContentFile  # type: ignore[import-untyped, unused-ignore]
 from typing_extensions import assert_type
 
-from dropbox_storage import DropboxFile, DropboxStorage, DropboxStorageException
+from dropbox_storage import (
+    DropboxFile,
+    DropboxStorage,
+    DropboxStorageException,
+    authorize,
+    check,
+)
 from test_dropbox_storage import FakeAccount, FakeDropbox, FakeDropboxMixin
 
 storage = DropboxStorage("token", root_path="/media", write_mode="update", timeout=None)
@@ -61,6 +67,13 @@ refreshing.client = FakeDropbox(account)
 class UploadTests(FakeDropboxMixin):
     def test_upload(self) -> None:
         assert_type(self.account, FakeAccount)
+
+
+assert_type(storage._full_path("a"), str)
+assert_type(storage.open("a", "r").readline(), str)
+assert_type(storage.open("a").readline(5), bytes)
+assert_type(authorize("app-key"), str)
+check("default")
 
 
 # Each of these lines must be an error; an ignore that is not needed is one, too.
