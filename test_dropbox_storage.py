@@ -244,6 +244,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         self.tokens, self.expired = {"valid-token"}, set()
         self.refresh_tokens = {"valid-refresh-token": ("app-key", "app-secret")}
         self.namespaces = {"1": "", "42": "/team"}
+        scope = "files.metadata.read files.content.read"
+        self.codes = {"valid-code": f"{scope} files.content.write", "read-only": scope}
 
     # What tests and the demo do with it
 
@@ -471,6 +473,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
 
     def token(self, form):
         form = {name: values[0] for name, values in form.items()}
+        if "code" in form:
+            return self.exchange(form)
         owner = self.refresh_tokens.get(form["refresh_token"])
         if not owner:
             raise Refused(400, {"error": "invalid_grant"})
@@ -483,6 +487,17 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             "token_type": "bearer",
             "expires_in": self.expires_in,
         }
+
+    def exchange(self, form):
+        """An authorization code for a refresh token, with PKCE. A code works once."""
+        if form["client_id"] != "app-key":
+            raise Refused(400, {"error": "invalid_client"})
+        if form["code"] not in self.codes or "code_verifier" not in form:
+            raise Refused(400, {"error": "invalid_grant"})
+        scope = self.codes.pop(form["code"])
+        self.refresh_tokens["pkce-refresh-token"] = ("app-key", None)
+        answer = {"refresh_token": "pkce-refresh-token", "uid": "1", "scope": scope}
+        return {"access_token": "sl.x", "account_id": "dbid:1", **answer}
 
     # Faults
 
@@ -3659,8 +3674,8 @@ class TokenTests(StorageTestCase):
 
     def test_a_refused_refresh_says_why(self):
         for option, value, told in (
-            ("oauth2_refresh_token", "revoked", "invalid_grant (oauth2_refresh_token is wrong, "
-             "revoked or of another app)."),
+            ("oauth2_refresh_token", "revoked", "invalid_grant (oauth2_refresh_token or the code "
+             "is wrong, revoked or used)."),
             ("app_secret", "wrong", "invalid_client: bad app key or secret (app_key and "
              "app_secret must be of the app that was authorized)."),
         ):  # fmt: skip
@@ -3702,8 +3717,8 @@ class TokenTests(StorageTestCase):
         self.account.tokens.clear()
         self.account.refresh_tokens.clear()
         message = (
-            "files/get_metadata of '/a' failed: invalid_grant (oauth2_refresh_token is wrong, "
-            "revoked or of another app)."
+            "files/get_metadata of '/a' failed: invalid_grant (oauth2_refresh_token or the code "
+            "is wrong, revoked or used)."
         )
         for _ in range(2):
             with self.raises(DropboxStorageException, message):
@@ -4094,7 +4109,7 @@ class ServeTests(StorageTestCase):
     def test_an_alias_before_there_are_any_is_refused(self):
         with self.raises(
             ImproperlyConfigured,
-            "Before Django 4.2 there is no alias 'private': pass serve() the storage itself.",
+            "Before Django 4.2 there is no alias 'private': pass the storage itself.",
         ):
             self.get("a", storage="private")
 
@@ -4186,100 +4201,99 @@ class CheckTests(StorageTestCase):
         )
 
 
-class AuthorizeTests(unittest.TestCase):
-    """The command that gets a refresh token. The exchange of codes is that of the SDK."""
+class AuthorizeTests(StorageTestCase):
+    """The command that gets a refresh token."""
 
-    scopes = (
-        "account_info.read files.metadata.read files.content.read files.content.write"
-    )
-
-    def exchange(self, code, answer, *arguments, **patches):
-        """What is printed, and how it ends, if Dropbox answers this to the code."""
-        asked = []
-
-        class Answering(requests.adapters.HTTPAdapter):
-            def send(self, request, **kwargs):
-                asked.append(parse_qs(request.body))
-                if isinstance(answer, Exception):
-                    raise answer
-                status = 200 if "refresh_token" in answer else 400
-                body = io.BytesIO(json.dumps(answer).encode())
-                raw = urllib3.HTTPResponse(body, status=status, preload_content=False)
-                return self.build_response(request, raw)
-
-        def session(**kwargs):
-            session = requests.Session()
-            session.mount("https://", Answering())
-            return session
-
-        oauth = importlib.import_module("dropbox.oauth")
-        end = None
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                unittest.mock.patch.object(oauth, "pinned_session", session)
-            )
-            ask = unittest.mock.patch("builtins.input", side_effect=[code])
-            stack.enter_context(ask)
-            argv = ["module", *(arguments or ("app-key",))]
-            stack.enter_context(unittest.mock.patch.object(sys, "argv", argv))
-            shown = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    def run_command(self, code, *arguments):
+        """What is printed, and the line with which it ends."""
+        ask = unittest.mock.patch("builtins.input", side_effect=[code])
+        argv = unittest.mock.patch.object(sys, "argv", ["module", *arguments])
+        with ask, argv, contextlib.redirect_stdout(io.StringIO()) as shown:
             try:
                 module._main()
             except SystemExit as error:
-                end = str(error)
-        self.assertLessEqual(len(asked), 1)
-        return shown.getvalue(), end, asked
+                return shown.getvalue(), str(error)
+        return shown.getvalue(), None
 
-    def test_the_token_is_printed(self):
-        answer = {"access_token": "sl.x", "refresh_token": "fresh", "uid": "1"}
-        answer.update(account_id="dbid:1", expires_in=14400, scope=self.scopes)
-        shown, end, (asked,) = self.exchange(" code\n", answer)
+    def test_the_token_is_printed_and_works(self):
+        with self.costs("oauth2/token"):
+            shown, end = self.run_command(" valid-code\n", "app-key")
         self.assertIsNone(end)
-        lines = shown.splitlines()
-        self.assertEqual(
-            lines[-2:],
-            ["DROPBOX_APP_KEY=app-key", "DROPBOX_OAUTH2_REFRESH_TOKEN=fresh"],
-        )
+        *lines, key, token = shown.splitlines()
+        self.assertEqual(key, "DROPBOX_APP_KEY=app-key")
+        self.assertEqual(token, "DROPBOX_OAUTH2_REFRESH_TOKEN=pkce-refresh-token")
         address = next(line for line in lines if line.startswith("https://"))
         query = parse_qs(urlsplit(address).query)
         self.assertEqual(query["token_access_type"], ["offline"])
         self.assertEqual(query["code_challenge_method"], ["S256"])
-        self.assertEqual(query["scope"], [" ".join(self.scopes.split()[1:])])
-        self.assertEqual((asked["code"], asked["client_id"]), (["code"], ["app-key"]))
-        self.assertNotIn("client_secret", asked)
+        self.assertEqual(query["scope"], [" ".join(module.SCOPES)])
+        settings = dict(line.split("=") for line in (key, token))
+        with override_settings(**settings):
+            self.assertFalse(DropboxStorage().exists("a"))
+        self.account.codes["another"] = " ".join(module.SCOPES)
+        with unittest.mock.patch("builtins.input", return_value="another"):
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.assertEqual(module.authorize("app-key"), "pkce-refresh-token")
 
     def test_what_fails_is_one_line(self):
-        lacking = {"access_token": "sl.x", "refresh_token": "fresh", "uid": "1"}
-        lacking.update(
-            account_id="dbid:1", scope="files.metadata.read files.content.read"
-        )
-        for code, answer, arguments, end in (
-            ("x", {"error": "invalid_grant"}, (), "The code is wrong, was used or is too old."),
-            ("x", {"error": "invalid_client"}, (), "There is no app 'app-key': "),
-            ("x", {"error": "else"}, (), "Dropbox did not answer as it must: HTTPError .*else"),
-            ("x", lacking, (), "The app may not use files.content.write: tick it "),
-            ("x", {"refresh_token": "x"}, (), "Dropbox did not answer as it must: KeyError"),
-            ("x", requests.ConnectionError("Failed to resolve 'x'"), (),
-             r"Dropbox did not answer .* \(check the network"),
-            ("", {}, (), "No code was typed."),
-            (EOFError(), {}, (), "No code was typed."),
-            (KeyboardInterrupt(), {}, (), "No code was typed."),
-            ("x", {}, ("",), "Give the App key of your app: python -m "),
-        ):  # fmt: skip
-            with self.subTest(code=code, answer=answer):
-                shown, found, _ = self.exchange(code, answer, *arguments)
-                self.assertRegex(found, f"^{end}")
-                self.assertNotIn("\n", found)
+        refused = "oauth2/token of '%s' failed"
+        for code, arguments, fault, end in (
+            (
+                "x",
+                ("app-key",),
+                None,
+                rf"{refused % 'app-key'}: invalid_grant \(oauth2_.*",
+            ),
+            (
+                "x",
+                ("other",),
+                None,
+                rf"{refused % 'other'}: invalid_client \(app_key .*",
+            ),
+            (
+                "x",
+                ("app-key",),
+                "reset",
+                rf"{refused % 'app-key'} \(1 attempt, 0 s\): Con.*",
+            ),
+            (
+                "x",
+                ("app-key",),
+                "garbage",
+                rf"{refused % 'app-key'} \(1 attempt, 0 s\): .*",
+            ),
+            (
+                "read-only",
+                ("app-key",),
+                None,
+                "The app may not use files.content.write: .*",
+            ),
+            (
+                "",
+                ("app-key",),
+                None,
+                "No code was typed. Run this again and copy it .*",
+            ),
+            (EOFError(), ("app-key",), None, "No code was typed. .*"),
+            (KeyboardInterrupt(), ("app-key",), None, "No code was typed. .*"),
+            ("x", ("",), None, "Give the App key of your app: python -m .* APP_KEY"),
+            ("x", (), None, "Give the App key of your app: python -m .* APP_KEY"),
+        ):
+            if fault:
+                self.account.fail("oauth2/token", fault)
+            with self.subTest(code=code, arguments=arguments, fault=fault):
+                shown, found = self.run_command(code, *arguments)
+                self.assertRegex(found, f"^{end}$")
                 self.assertNotIn("REFRESH_TOKEN", shown)
+            self.account.faults.clear()
 
     def test_the_module_runs_as_a_command(self):
-        for name in {module.__name__, module.__spec__.name}:
-            shown = run_python(
-                f"import runpy; sys.argv = ['x']; runpy.run_module({name!r}, run_name='__main__')"
-            )
-            self.assertEqual(
-                shown, f"Give the App key of your app: python -m {name} APP_KEY\n"
-            )
+        run = "runpy.run_module('{0}', run_name='__main__')"
+        shown = run_python(
+            f"import runpy; sys.argv = ['x']; {run.format(module.__name__)}"
+        )
+        end = f"Give the App key of your app: python -m {module.__name__} APP_KEY"
+        self.assertEqual(shown, f"{end}\n")
 
 
 def nobody_is_logged_in(get_response):
