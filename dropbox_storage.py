@@ -2372,7 +2372,9 @@ def authorize(app_key):
     """
     from dropbox import DropboxOAuth2FlowNoRedirect
 
-    api = DropboxStorage("none-yet", max_wait=0)._api
+    # Without a storage, as there may be no settings yet.
+    client = _client_class()("none-yet", session=_find_session(os.getpid()))
+    api = _Api(client, max_wait=0, first_wait=0)
     flow = DropboxOAuth2FlowNoRedirect(
         app_key, use_pkce=True, token_access_type="offline", scope=[*SCOPES]
     )

@@ -4287,13 +4287,26 @@ class AuthorizeTests(StorageTestCase):
                 self.assertNotIn("REFRESH_TOKEN", shown)
             self.account.faults.clear()
 
-    def test_the_module_runs_as_a_command(self):
-        run = "runpy.run_module('{0}', run_name='__main__')"
-        shown = run_python(
-            f"import runpy; sys.argv = ['x']; {run.format(module.__name__)}"
-        )
-        end = f"Give the App key of your app: python -m {module.__name__} APP_KEY"
-        self.assertEqual(shown, f"{end}\n")
+    def test_the_module_runs_as_a_command_without_settings(self):
+        name = module.__name__
+        folder = pathlib.Path(module.__file__).resolve().parents[name.count(".")]
+        for arguments, end in (
+            ([], f"Give the App key of your app: python -m {name} APP_KEY"),
+            (
+                ["app-key"],
+                "No code was typed. Run this again and copy it from the page.",
+            ),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", name, *arguments],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                encoding="utf-8",
+                check=False,
+            )
+            self.assertEqual((done.stderr, done.returncode), (f"{end}\n", 1))
 
 
 def nobody_is_logged_in(get_response):
