@@ -580,12 +580,12 @@ class DropboxStorage(django_storage.Storage):
             self._cached_link(api, path).forget()
 
     def exists(self, name):
-        path = self._full_path(name)
-        if self._is_root(path):
+        try:
+            return bool(self._api.call("files/get_metadata", self._path(name)))
+        except IsADirectoryError:  # the root
             return True
-        with contextlib.suppress(FileNotFoundError):
-            return bool(self._api.call("files/get_metadata", path))
-        return False
+        except FileNotFoundError:
+            return False
 
     def listdir(self, path):
         entries = self._list_folder(self._full_path(path).rstrip("/"))
@@ -679,8 +679,8 @@ class DropboxStorage(django_storage.Storage):
 
     def _list_folder(self, folder, may_restart=True):
         """Return the metadata of the files and folders in the folder."""
-        api = self._api
         entries = {}
+        api = self._api
         try:
             page = api.call("files/list_folder", folder)
             _add_page(entries, page)
@@ -691,11 +691,10 @@ class DropboxStorage(django_storage.Storage):
             if not self._is_root(folder):
                 raise  # the root is there with the first file that is saved
         except DropboxStorageException as error:
-            if not (may_restart and _has_tags(error.reason, "reset")):
-                raise
-            # The cursor has expired.
-            return self._list_folder(folder, may_restart=False)
-        return [*entries.values()]
+            if may_restart and _has_tags(error.reason, "reset"):  # the cursor
+                return self._list_folder(folder, may_restart=False)
+            raise
+        return entries.values()
 
     def _start_download(self, path):
         return _Download(self._api, path, max(1, self.CONNECTIONS))
@@ -868,8 +867,7 @@ class DropboxFile(File):
     """
 
     file = None
-    _download = None  # of a file that is open for reading
-    _draft = None  # of one that is open for writing
+    _draft = None  # of a file that is open for writing
 
     def __init__(self, name, storage, mode="rb"):
         self.name = os.fspath(name)
@@ -883,7 +881,6 @@ class DropboxFile(File):
             download = self._storage._start_download(self._storage._path(self.name))
             file = io.BufferedReader(download, READ_SIZE)
             self.file = file if "b" in letters else io.TextIOWrapper(file, "utf-8")
-            self._download = download
             self._size = download.size
         else:
             draft = _Draft(self._storage, self.name, mode)
@@ -945,11 +942,8 @@ class DropboxFile(File):
         """Close the file, and upload what was written, or log the reason why not."""
         draft = self._draft
         self._draft = None
-        if self._download is not None:
-            self._download.may_drain = saves
-            self._download = None
+        if draft is None:  # it is open for reading, or closed
             self.file.close()
-        if draft is None:
             return
         with contextlib.closing(draft):
             # What cannot be flushed is not needed, unless it is to be saved.
@@ -1067,16 +1061,17 @@ class _Upload:
     """
 
     def __init__(self, api, path, mode, revision, chunk_size, connections):
-        from dropbox.files import WriteMode
+        from dropbox import files
 
+        self._files = files  # the module of the SDK
         self.api = api
         self.path = path
         self.mode = mode
-        self._target = {"mode": WriteMode.add, "strict_conflict": True}
+        self._target = {"mode": files.WriteMode.add, "strict_conflict": True}
         if mode == "overwrite":
-            self._target = {"mode": WriteMode.overwrite}
+            self._target = {"mode": files.WriteMode.overwrite}
         elif revision:
-            self._target["mode"] = WriteMode.update(revision)
+            self._target["mode"] = files.WriteMode.update(revision)
         # Whole hash blocks, and two chunks fit into a request.
         blocks = max(1, -(-chunk_size // HASH_BLOCK))
         self._chunk_size = min(blocks, MAX_REQUEST // 2 // HASH_BLOCK) * HASH_BLOCK
@@ -1086,11 +1081,10 @@ class _Upload:
         self._sending = collections.deque()  # calls, each of which returns a hash
         self._session = None  # the id of the upload session
         self._offset = 0  # of the next chunk in the session, in bytes
-        self._is_closed = False
 
     def close(self):
         """Let the background threads stop, and drop what has not been sent."""
-        self._is_closed = True
+        self.api.is_cancelled = True
         self._chunks = []
         self._sending.clear()
 
@@ -1148,28 +1142,26 @@ class _Upload:
         return False
 
     def _send_commit(self):
-        from dropbox.files import CommitInfo, UploadSessionCursor
-
         if self._session is not None:
-            cursor = UploadSessionCursor(self._session, self._content.size)
-            target = CommitInfo(self.path, **self._target)
+            cursor = self._files.UploadSessionCursor(self._session, self._content.size)
+            target = self._files.CommitInfo(self.path, **self._target)
             route = "files/upload_session/finish"
-            return self._request(route, io.BytesIO(), cursor, target)
+            return self.api.call(route, self.path, io.BytesIO(), cursor, target)
         while len(self._chunks) > 1:
             self._chunks[0].write(self._chunks.pop(1).getbuffer())
         (chunk,) = self._chunks
         self._content = _ContentHash(chunk.getbuffer())
         target = {**self._target, "content_hash": self._content.hexdigest()}
-        return self._request("files/upload", chunk, self.path, **target)
+        return self.api.call("files/upload", self.path, chunk, self.path, **target)
 
     def _append_in_background(self, chunk):
         """Send the chunk with the session; wait if enough others are being sent."""
-        from dropbox.files import UploadSessionType
-
         if self._session is None:
             route = "files/upload_session/start"
-            kind = UploadSessionType.concurrent
-            self._session = self._request(route, io.BytesIO(), False, kind).session_id
+            kind = self._files.UploadSessionType.concurrent
+            self._session = self.api.call(
+                route, self.path, io.BytesIO(), False, kind
+            ).session_id
         if len(self._sending) == self._connections:
             self._content.append(self._sending.popleft().result())
         call = _BackgroundCall(self._append, self._offset, chunk, False)
@@ -1185,31 +1177,18 @@ class _Upload:
 
     def _append(self, offset, chunk, close):
         """Send a chunk of the session; return its hash."""
-        from dropbox.files import UploadSessionCursor
-
         content = _ContentHash(chunk.getbuffer())
-        cursor = UploadSessionCursor(self._session, offset)
+        cursor = self._files.UploadSessionCursor(self._session, offset)
         route = "files/upload_session/append_v2"
         digest = content.hexdigest()
         try:
-            self._request(route, chunk, cursor, close, content_hash=digest)
+            self.api.call(route, self.path, chunk, cursor, close, content_hash=digest)
         except DropboxStorageException as error:
             # If a response was lost, the session may have the chunk, and refuse it now.
             is_refused = _has_tags(error.reason, "closed", "incorrect_offset")
             if not (is_refused and error.failure.is_lost):
                 raise
         return content
-
-    def _request(self, route, chunk, *args, **kwargs):
-        """Send the chunk with the SDK's method for the route."""
-
-        def attempt():
-            if self._is_closed:
-                raise DropboxStorageException(f"{self.path!r} was not sent.")
-            method = getattr(self.api.make_client(), route.replace("/", "_"))
-            return method(chunk.getvalue(), *args, **kwargs)
-
-        return self.api.repeat(route, self.path, attempt)
 
 
 def _cut(content, size):
@@ -1270,12 +1249,9 @@ DRAIN = 512 * 1024
 
 
 class _Download(io.RawIOBase):
-    """The bytes of one revision of a file. Seeking sends no request, reading may do.
+    """The bytes of one revision of a file. Seeking sends no request, reading may do."""
 
-    may_drain: whether close() may read the rest of a response to keep its connection.
-    """
-
-    may_drain = False
+    _is_collected = False  # by the garbage collector, which should not read anything
     _blocks = None  # until the file is open
 
     def __init__(self, api, path, connections):
@@ -1286,6 +1262,7 @@ class _Download(io.RawIOBase):
         self.size = metadata.size
         self.revision = metadata.rev
         self.content = _ContentHash()  # of what has been read in order
+        self._api = api
         self._metadata = metadata
         self._path = path
         self._process = os.getpid()
@@ -1364,10 +1341,16 @@ class _Download(io.RawIOBase):
                 temporary=True,
             )
 
+    def _dealloc_warn(self, source):
+        """The BufferedReader calls this before it closes because nobody uses it."""
+        self._is_collected = True
+
     def close(self):
         if self._blocks is not None:
+            self._api.is_cancelled = True
             # A forked process shares the connection with its parent.
-            self._blocks.close(self.may_drain and self._process == os.getpid())
+            is_own = self._process == os.getpid()
+            self._blocks.close(may_drain=is_own and not self._is_collected)
         super().close()
 
 
@@ -1472,7 +1455,6 @@ class _Block:
         self._begin = begin
         self._response = response
         self._call = None  # that loads it in the background
-        self._is_closed = False
 
     @property
     def is_whole(self):
@@ -1486,9 +1468,9 @@ class _Block:
 
     def _load_in_background(self):
         """Load the block as far as that goes without an error: the reader goes on."""
-        while not (self.is_whole or self._is_closed):
-            if self._api.try_once(self._read_part)[1] is not None:
-                break
+        failure = None
+        while failure is None and not self.is_whole:
+            failure = self._api.try_once(self._read_part)[1]
         self._close_response()
 
     def read(self, offset, count):
@@ -1521,10 +1503,10 @@ class _Block:
             raise
 
     def close(self, may_drain=False):
-        """Let the background stop, which closes its response; close any other one."""
-        self._is_closed = True
+        """Close the response, unless the background reads it, and closes it then."""
         if self._call is None or self._call.is_done:
             self._close_response(may_drain)
+        self._call = None  # it may hold an error, whose frames hold this block
 
     def _close_response(self, may_drain=False):
         """Close the response, or read the little that is left, to keep its socket."""
@@ -1673,14 +1655,21 @@ class _Api:
         self.client = client
         self.max_wait = float("inf") if max_wait is None else max_wait
         self._first_wait = first_wait
+        self.is_cancelled = False  # then, no attempt begins any more
         self.owner = _find_owner(client)
 
-    def call(self, route, path, *args, is_valid=lambda result: True):
-        """Call the SDK's method for the route, with the path or else with args."""
+    def call(self, route, path, *args, is_valid=lambda result: True, **kwargs):
+        """Call the SDK's method for the route, with the path or else with args.
+
+        An io.BytesIO among them stands for its content.
+        """
 
         def attempt():
             method = getattr(self.make_client(), route.replace("/", "_"))
-            result = method(*(args or (path,)))
+            if args and isinstance(args[0], io.BytesIO):
+                result = method(args[0].getvalue(), *args[1:], **kwargs)
+            else:
+                result = method(*(args or (path,)))
             if not is_valid(result):
                 text = f"not a result of {route}"
                 raise _RequestError("BadResponse", text, is_transient=True)
@@ -1740,6 +1729,8 @@ class _Api:
 
     def make_client(self, headers=()):
         """Return a copy of the client for one request, with a live access token."""
+        if self.is_cancelled:
+            raise DropboxStorageException("The file was closed meanwhile.")
         _ensure_token(self)
         client = self.copy_client()
         client._oauth2_refresh_token = None  # so that only _refresh() refreshes
@@ -2389,7 +2380,8 @@ def authorize(app_key):
     try:
         result = api.repeat("oauth2/token", app_key, lambda: flow.finish(code))
     except DropboxStorageException as error:
-        raise SystemExit(f"{error}") from None
+        advice = "Check the App key, and run this again for another code."
+        raise SystemExit(f"{error} {advice}") from None
     lacking = [scope for scope in SCOPES if scope not in (result.scope or SCOPES)]
     if lacking:
         raise SystemExit(
