@@ -1117,16 +1117,20 @@ class StorageTestCase(SimpleTestCase):
 
     def start(self, function, args):
         """As _thread.start_new_thread(). It notes which threads run."""
-        self.running.append(args)
+        thread, call = object(), [(function, args)]
+        self.running.append(thread)
+        del function, args
 
-        def run(args):
+        def run():
+            (function, args) = call.pop()  # so that nothing is kept at the end
             function(*args)
-            self.running.remove(args)
+            del function, args
+            self.running.remove(thread)
 
         try:
-            return START_NEW_THREAD(run, (args,))
+            return START_NEW_THREAD(run, ())
         except BaseException:
-            self.running.remove(args)
+            self.running.remove(thread)
             raise
 
 
