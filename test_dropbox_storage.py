@@ -1,11 +1,13 @@
-"""Tests of dropbox_storage, and the fake Dropbox on which they and the demo run.
+"""A fake Dropbox for the tests of a project, and the tests of dropbox_storage itself.
+
+The first part, up to the second mark, is the fake: FakeAccount, FakeDropbox and
+FakeDropboxMixin. A project that copies this file needs no more of it. The rest is the
+module's own tests and the demo:
 
     python -m pytest
     python test_dropbox_storage.py demo FILE...
 
-Copied into another project, this file offers FakeAccount and FakeDropbox to its tests.
-Its own tests run there only if they are asked for, by the name of this file or with
-DROPBOX_STORAGE_TESTS=1 in the environment.
+In another project, these tests run only if DROPBOX_STORAGE_TESTS=1 is in the environment.
 """
 
 # ---- The fake Dropbox: from here to the second mark, this also works alone. ----
@@ -25,9 +27,11 @@ import io
 import itertools
 import json
 import pathlib
+import posixpath
 import random
 import re
 import threading
+import time
 import unicodedata
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +39,11 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import dropbox
+import dropbox.files
 import requests
 import urllib3
+from dropbox.stone_serializers import json_compat_obj_decode
+from dropbox.stone_validators import ValidationError
 
 
 def import_module() -> Any:
@@ -71,14 +78,16 @@ QUIRKS = {
     "empty_pages": "each listing begins with an empty page that has more",
     "bare_429": "429 says how long to wait in the Retry-After header alone",
     "paper": "files that end in .paper have no hash, no bytes and no links",
-    "folding": "paths are folded letter by letter, without a final sigma",
     "kept_sessions": "a session that was committed can be committed again",
+    "busy": "a commit during another one is refused: too_many_write_operations",
 }
 
 # The refusals that fail() can cause: status, headers and body. VALUE is the value that
-# fail() is given, BUSY stands for the tag of the route's own error.
+# fail() is given.
 TEXT, HTML = {"content-type": "text/plain"}, {"content-type": "text/html"}
 LATER = {"Retry-After": "VALUE"}
+BUSY = {"reason": "too_many_requests", "retry_after": "VALUE"}
+# fmt: off
 REFUSALS = {
     "500": (500, TEXT, "unavailable"),
     "502": (502, TEXT, "unavailable"),
@@ -89,7 +98,8 @@ REFUSALS = {
     "garbage": (200, HTML, "<html>Welcome</html>"),
     "redirect": (307, {**TEXT, "Location": "https://evil.example/"}, ""),
     "timeout": (408, TEXT, "request timeout"),
-    "429": (429, LATER, {"reason": "too_many_requests", "retry_after": "VALUE"}),
+    "429": (429, LATER, BUSY),
+    "429_body": (429, {}, BUSY),
     "429_text": (429, {**TEXT, **LATER}, "too_many_requests"),
     "429_new": (429, LATER, {"reason": "brand_new", "brand": {"new": [1]}}),
     "too_many_writes": (429, LATER, {"reason": "too_many_write_operations"}),
@@ -115,11 +125,17 @@ NETWORK = {
 }
 AFTERWARDS = ("503_after", "reset_after", "misfit_after")
 BODY_FAULTS = ("truncate", "short", "corrupt")
+
+# fmt: on
 SESSION = "files/upload_session"
-ROUTES = {"*", "oauth2/token", "files/upload", "files/download", "files/delete_v2"}
-ROUTES |= {"files/get_metadata", "files/get_temporary_link", "files/list_folder"}
-ROUTES |= {"files/list_folder/continue", f"{SESSION}/start", f"{SESSION}/append_v2"}
-ROUTES |= {f"{SESSION}/finish"}
+ROUTES = {"*", "oauth2/token", "files/upload", "files/download", "files/get_metadata"}
+ROUTES |= {f"files/{name}" for name in ("delete_v2", "move_v2", "copy_v2")}
+ROUTES |= {f"{SESSION}/{name}" for name in ("start", "append_v2", "finish")}
+ROUTES |= {
+    "files/list_folder",
+    "files/list_folder/continue",
+    "files/get_temporary_link",
+}
 
 
 @functools.lru_cache(maxsize=100)
@@ -173,6 +189,15 @@ def bad_request(text):
     return Refused(400, f"Error in call to API function: {text}")
 
 
+def check_argument(route, argument):
+    """Refuse an argument that does not fit the specification, which the SDK knows."""
+    kind = getattr(dropbox.files, route[len("files/") :].replace("/", "_")).arg_type
+    try:
+        json_compat_obj_decode(kind, argument, strict=True)
+    except ValidationError as error:
+        raise bad_request(str(error)) from None
+
+
 def fold(path):
     """The path as Dropbox compares it: letter by letter."""
     return "".join(letter.lower() for letter in path)
@@ -192,8 +217,7 @@ class Entry:
     def metadata(self):
         """As in a union of Metadata, with a tag; see untagged()."""
         found = {".tag": "folder", "name": self.path.rpartition("/")[2]}
-        found.update(id=self.id, path_display=self.path)
-        found.update(path_lower=fold(self.path))
+        found.update(id=self.id, path_display=self.path, path_lower=fold(self.path))
         if self.data is not None:
             found.update({".tag": "file"}, rev=self.rev, size=len(self.data))
             found["client_modified"] = self.client_modified or self.modified
@@ -220,6 +244,21 @@ class Session:
         return b"".join(self.pieces[offset] for offset in sorted(self.pieces))
 
 
+class Clock:
+    """Stands for the module's time: it passes in pauses alone, and at once."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.pauses: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
 TOKENS = itertools.count(1)
 
 
@@ -232,7 +271,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
 
     def __init__(self, page_size: int = 500, quirks: Sequence[str] = ()) -> None:
         super().__init__()
-        self.page_size, self.lock, self.quirks = page_size, threading.RLock(), quirks
+        self.page_size, self.quirks = page_size, quirks
+        self.lock, self.committing = threading.RLock(), threading.Lock()
         self.entries, self.revisions, self.sessions = {}, {}, {}
         self.cursors, self.links, self.changes = {}, {}, []
         self.calls: collections.Counter[str] = collections.Counter()
@@ -254,21 +294,23 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         """Inside the block, all storages of the project use this account.
 
         That includes default_storage and those of FileFields, whatever credentials they
-        have. They wait for no visible time before they repeat a request.
+        have. Waiting before a request is repeated takes no time.
         """
-        storage = import_module().DropboxStorage
+        module = import_module()
         token = (
             f"valid-token-{next(TOKENS)}"  # else, links of other accounts are cached
         )
         self.tokens.add(token)
         patch = unittest.mock.patch.object
-        with patch(storage, "client", FakeDropbox(self, token)):
-            with patch(storage, "FIRST_WAIT", 0.001):
+        with patch(module.DropboxStorage, "client", FakeDropbox(self, token)):
+            with patch(module, "time", Clock()):
                 yield self
 
     def connect(self, storage: Any) -> Any:
         """Let the storage talk to this account, with its credentials of now; return it."""
-        client = copy.copy(storage.client)
+        client = storage.client
+        # Another account may have replaced Dropbox for all storages.
+        client = FakeDropbox() if isinstance(client, FakeDropbox) else copy.copy(client)
         client._session = self.create_session()
         storage.client = client
         return storage
@@ -322,6 +364,10 @@ class FakeAccount(requests.adapters.HTTPAdapter):
     def expire_tokens(self) -> None:
         self.expired |= self.tokens
         self.tokens.clear()
+
+    def expire_links(self) -> None:
+        """Let four hours pass for all temporary links."""
+        self.links = dict.fromkeys(self.links)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[collections.Counter[str]]:
@@ -387,28 +433,68 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         if route == "oauth2/token":
             return 200, {}, self.token(parse_qs(request.body))
         if request.url in self.links:
+            if self.links[request.url] is None:
+                raise Refused(410, "the link has expired")
             return 200, {}, self.links[request.url]
-        handler = getattr(self, route.replace("/", "_"), None)
-        if not handler or request.method != "POST":
-            raise Refused(404, f"no such route: {route}")
+        if route not in ROUTES or request.method != "POST":
+            raise Refused(404, f"FakeAccount knows no route {route}")
         self.authenticate(headers.get("Authorization", ""))
         body = request.body or b""
-        argument = headers.get("Dropbox-API-Arg") or body
         try:
-            argument = self.in_namespace(json.loads(argument), headers)
+            argument = json.loads(headers.get("Dropbox-API-Arg") or body)
         except ValueError:
             raise bad_request("could not decode input as JSON") from None
+        check_argument(route, argument)
+        self.locate_paths(route, argument, headers)
         if fault == "corrupt" and route != "files/download" and body:
             body = bytes([body[0] ^ 1]) + body[1:]
         if route == "files/download":
             return self.send_file(*self.files_download(argument), request, fault)
-        with self.lock:
-            result = handler(argument, body)
+        with self.alone_if_busy(route), self.lock:
+            result = getattr(self, route.replace("/", "_"))(argument, body)
         if fault == "503_after":
             raise Refused(503, "unavailable")
         if fault == "reset_after":
             raise urllib3.exceptions.ProtocolError("reset")
         return 200, {}, {} if fault == "misfit_after" else self.quirky(result)
+
+    @contextlib.contextmanager
+    def alone_if_busy(self, route):
+        """The quirk "busy": an account makes one commit at a time."""
+        commits = route.endswith(("upload", "finish", "_v2")) and "append" not in route
+        if "busy" not in self.quirks or not commits:
+            yield
+        elif not self.committing.acquire(blocking=False):
+            wait = "path/" if route == "files/upload" else ""
+            raise conflict(f"{wait}too_many_write_operations")
+        else:
+            try:
+                time.sleep(0.002)
+                yield
+            finally:
+                self.committing.release()
+
+    def locate_paths(self, route, argument, headers):
+        """Let the paths begin at the account's root, not in a namespace or at an id."""
+        root = json.loads(headers.get("Dropbox-API-Path-Root", '{"namespace_id": "1"}'))
+        if root["namespace_id"] not in self.namespaces:
+            raise refusal(422, "no_permission")
+        missing = "path_lookup" if route == "files/delete_v2" else "path"
+        target = argument.get("commit", argument)
+        for name in ("path", "from_path", "to_path"):
+            path = target.get(name, "rev:")
+            number, rest = root["namespace_id"], path
+            if path.startswith("rev:"):
+                continue
+            if path.startswith("ns:"):
+                number, slash, rest = path[3:].partition("/")
+                rest = slash + rest
+            if path.startswith("id:"):
+                found = [one.path for one in self.entries.values() if one.id == path]
+                number, rest = "1", found[0] if found else None
+            if rest is None or number not in self.namespaces:
+                raise conflict(f"{missing}/not_found")
+            target[name] = self.namespaces[number] + rest
 
     def quirky(self, result):
         """The result as some account may send it."""
@@ -434,10 +520,13 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             raise conflict("unsupported_file")
         metadata = json.dumps(self.quirky(metadata))
         status, headers = 200, {"dropbox-api-result": metadata}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-        if wanted:  # another Range is ignored, as HTTP has it
+        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
+        if wanted and wanted[0] != "bytes=-":  # another Range is ignored, as in HTTP
             first, last = wanted.groups()
-            first, last = int(first), min(int(last or len(data)), len(data) - 1)
+            if first:
+                first, last = int(first), min(int(last or len(data)), len(data) - 1)
+            else:  # a suffix
+                first, last = max(0, len(data) - int(last)), len(data) - 1
             if first >= len(data):
                 raise Refused(416, "range not satisfiable")
             headers["content-range"] = f"bytes {first}-{last}/{len(data)}"
@@ -456,37 +545,25 @@ class FakeAccount(requests.adapters.HTTPAdapter):
 
     def authenticate(self, authorization):
         token = authorization.partition("Bearer ")[2]
-        if not token:
+        if not token.strip():
             raise Refused(400, "The given OAuth 2 access token is malformed.")
         if token not in self.tokens:
             kind = "expired" if token in self.expired else "invalid"
             self.fail_before("", f"{kind}_token", 0)
 
-    def in_namespace(self, argument, headers):
-        root = json.loads(headers.get("Dropbox-API-Path-Root", '{"namespace_id": "1"}'))
-        if root["namespace_id"] not in self.namespaces:
-            raise refusal(422, "no_permission")
-        target = argument.get("commit", argument)
-        if not target.get("path", "rev:").startswith(("rev:", "id:")):
-            target["path"] = self.namespaces[root["namespace_id"]] + target["path"]
-        return argument
-
     def token(self, form):
         form = {name: values[0] for name, values in form.items()}
         if "code" in form:
             return self.exchange(form)
-        owner = self.refresh_tokens.get(form["refresh_token"])
+        owner = self.refresh_tokens.get(form.get("refresh_token"))
         if not owner:
             raise Refused(400, {"error": "invalid_grant"})
-        if owner != (form["client_id"], form.get("client_secret")):
+        if owner != (form.get("client_id"), form.get("client_secret")):
             raise Refused(400, {"error": "invalid_client: bad app key or secret"})
         token = f"sl.fresh-{next(self.numbers)}"
         self.tokens.add(token)
-        return {
-            "access_token": token,
-            "token_type": "bearer",
-            "expires_in": self.expires_in,
-        }
+        lives = {"expires_in": self.expires_in}
+        return {"access_token": token, "token_type": "bearer", **lives}
 
     def exchange(self, form):
         """An authorization code for a refresh token, with PKCE. A code works once."""
@@ -542,30 +619,20 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         if "forgetful" not in self.quirks:
             session = f"session-{next(self.numbers)}"
             self.sessions[session] = Session(False, {0: data})
-        reason = refused.body["error"]
-        return conflict(
-            {".tag": "path", "reason": reason, "upload_session_id": session}
-        )
+        failed = {"reason": refused.body["error"], "upload_session_id": session}
+        return conflict({".tag": "path", **failed})
 
     # Routes
 
-    def fold(self, path):
-        return fold(path) if "folding" in self.quirks else path.lower()
-
     def find(self, path, error="path"):
-        if path == "" or path == "/":
+        if path in ("", "/"):
             raise bad_request("path: The root folder is unsupported.")
         if path.startswith("rev:"):
-            if not re.fullmatch("rev:[0-9a-f]{9,}", path):
-                raise bad_request(f"path: {path!r} did not match pattern")
             entry = self.revisions.get(path[4:])
-        elif path.startswith("id:"):
-            entries = [one for one in self.entries.values() if one.id == path]
-            entry = entries[0] if entries else None
         elif self.malformed(path):
             raise conflict(f"{error}/malformed_path")
         else:
-            entry = self.entries.get(self.fold(path))
+            entry = self.entries.get(fold(path))
         if not entry:
             raise conflict(f"{error}/not_found")
         return entry
@@ -577,33 +644,23 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         return entry
 
     def malformed(self, path):
-        parts = path[1:].split("/")
         return "\\" in path or any(
-            part in ("", ".", "..")
-            or part.endswith(" ")
-            or "\0" in part
-            or "\x7f" in part
-            or len(part) > 255
-            for part in parts
-        )
+            part in ("", ".", "..") or part.endswith(" ") or len(part) > 255
+            or "\0" in part or "\x7f" in part
+            for part in path[1:].split("/")
+        )  # fmt: skip
 
     def commit(self, target, data):
         """Write a file; raises the 409 of a WriteError."""
-        if not target["path"].startswith("/"):
-            raise bad_request(f"path: {target['path']!r} did not match pattern")
         path = unicodedata.normalize("NFC", target["path"])
         if self.malformed(path):
             raise conflict("malformed_path")
-        if path.rpartition("/")[2].lower() in DISALLOWED_NAMES:
+        if posixpath.basename(path).lower() in DISALLOWED_NAMES:
             raise conflict("disallowed_name")
-        *parents, path = itertools.accumulate(path[1:].split("/"), "{}/{}".format)
-        parents, path = [f"/{parent}" for parent in parents], f"/{path}"
-        for parent in parents:
-            if getattr(self.entries.get(self.fold(parent)), "data", None) is not None:
-                raise conflict("conflict/file_ancestor")
-        mode, strict = target.get("mode", "add"), target.get("strict_conflict")
+        mode = target.get("mode") or "add"
         mode = mode if isinstance(mode, dict) else {".tag": mode}
-        found = self.entries.get(self.fold(path))
+        strict = target.get("strict_conflict")
+        found = self.entries.get(fold(path))
         if found and found.data is None:
             raise conflict("conflict/folder")
         if found and found.data == data and not strict:
@@ -616,27 +673,35 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         if (found and not known) or (not found and "update" in mode and strict):
             if not target.get("autorename"):
                 raise conflict("conflict/file")
-            root, dot, extension = path.rpartition(".")
-            for number in itertools.count(1):
-                other = (
-                    f"{root} ({number}){dot}{extension}"
-                    if root
-                    else f"{path} ({number})"
-                )
-                if self.fold(other) not in self.entries:
-                    return self.commit({**target, "path": other}, data)
-        for parent in parents:
-            if self.fold(parent) not in self.entries:
-                self.entries[self.fold(parent)] = Entry(parent, id=self.new_id())
-                self.changes.append(self.entries[self.fold(parent)].metadata())
+            path = self.rename(path)
+            found = None
+        self.make_folders(path)
         now = datetime.datetime.now(datetime.timezone.utc)
         entry = Entry(found.path if found else path, data, f"{next(self.numbers):09x}")
         entry.id = found.id if found else self.new_id()
         entry.modified = now.strftime("%Y-%m-%dT%H:%M:%SZ")
         entry.client_modified = target.get("client_modified")
-        self.entries[self.fold(path)] = self.revisions[entry.rev] = entry
+        self.entries[fold(path)] = self.revisions[entry.rev] = entry
         self.changes.append(entry.metadata())
         return entry.metadata()
+
+    def rename(self, path):
+        """Another path: with a number before the extension of the name."""
+        folder, name = posixpath.split(path)
+        root, extension = posixpath.splitext(name)
+        for number in itertools.count(1):
+            other = posixpath.join(folder, f"{root} ({number}){extension}")
+            if fold(other) not in self.entries:
+                return other
+
+    def make_folders(self, path):
+        *parents, _ = itertools.accumulate(path[1:].split("/"), "{}/{}".format)
+        for parent in (f"/{parent}" for parent in parents):
+            if getattr(self.entries.get(fold(parent)), "data", None) is not None:
+                raise conflict("conflict/file_ancestor")
+            if fold(parent) not in self.entries:
+                self.entries[fold(parent)] = Entry(parent, id=self.new_id())
+                self.changes.append(self.entries[fold(parent)].metadata())
 
     def new_id(self):
         return f"id:{next(self.numbers):022x}"
@@ -644,7 +709,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
     def check_hash(self, argument, body):
         if len(body) > MAX_REQUEST:
             raise conflict("payload_too_large")
-        if argument.get("content_hash", content_hash(body)) != content_hash(body):
+        if argument.get("content_hash") not in (None, content_hash(body)):
             raise conflict("content_hash_mismatch")
 
     def files_upload(self, argument, body):
@@ -652,15 +717,16 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         try:
             return untagged(self.commit(argument, body))
         except Refused as refused:
-            if refused.status != 409:
-                raise
             raise self.upload_error(refused, body) from None
 
     def files_upload_session_start(self, argument, body):
         self.check_hash(argument, body)
-        concurrent = argument.get("session_type", {}).get(".tag") == "concurrent"
+        kind = argument.get("session_type") or "sequential"
+        concurrent = "concurrent" in (kind, kind[".tag"] if ".tag" in kind else kind)
         if concurrent and body:
             raise conflict("concurrent_session_data_not_allowed")
+        if concurrent and argument.get("close"):
+            raise conflict("concurrent_session_close_not_allowed")
         session = f"session-{next(self.numbers)}"
         self.sessions[session] = Session(concurrent, {0: body})
         if argument.get("close"):
@@ -675,9 +741,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         length = len(session.data)
         if not session.concurrent and offset != length:
             tag = {".tag": "incorrect_offset", "correct_offset": length}
-            raise conflict(
-                {".tag": "lookup_failed", "lookup_failed": tag} if error else tag
-            )
+            lookup_failed = {".tag": "lookup_failed", "lookup_failed": tag}
+            raise conflict(lookup_failed if error else tag)
         if session.concurrent and offset % HASH_BLOCK:
             raise conflict(f"{error}concurrent_session_invalid_offset")
         if session.concurrent and len(body) % HASH_BLOCK and not close:
@@ -685,7 +750,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         empty = close and offset and not body
         if session.concurrent and empty and "empty_close" in self.quirks:
             raise conflict(f"{error}concurrent_session_invalid_data_size")
-        if session.end is not None and (body or close):
+        if session.end is not None and (session.concurrent or body or close):
             raise conflict(f"{error}closed")
         if body:
             session.pieces[offset] = body
@@ -713,8 +778,6 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         try:
             metadata = self.commit(argument["commit"], session.data)
         except Refused as refused:
-            if refused.status != 409:
-                raise
             raise conflict({".tag": "path", "path": refused.body["error"]}) from None
         if "kept_sessions" not in self.quirks:
             del self.sessions[cursor["session_id"]]
@@ -727,16 +790,43 @@ class FakeAccount(requests.adapters.HTTPAdapter):
     def files_get_metadata(self, argument, body):
         return self.find(argument["path"]).metadata()
 
+    def below(self, path):
+        """The keys of an entry, and of all that is in it."""
+        start = f"{fold(path)}/"
+        return [key for key in self.entries if f"{key}/".startswith(start)]
+
     def files_delete_v2(self, argument, body):
         entry = self.find(argument["path"], "path_lookup")
-        path = self.fold(entry.path)
-        for key in [key for key in self.entries if f"{key}/".startswith(f"{path}/")]:
+        for key in self.below(entry.path):
             del self.entries[key]
         gone = {**entry.metadata(), ".tag": "deleted"}
-        self.changes.append(
-            {k: gone[k] for k in (".tag", "name", "path_lower", "path_display")}
-        )
+        kept = (".tag", "name", "path_lower", "path_display")
+        self.changes.append({name: gone[name] for name in kept})
         return {"metadata": entry.metadata()}
+
+    def files_move_v2(self, argument, body, moves=True):
+        entry, target = (
+            self.find(argument["from_path"], "from_lookup"),
+            argument["to_path"],
+        )
+        if self.malformed(target):
+            raise conflict("to/malformed_path")
+        if fold(target) in self.entries:
+            if not argument.get("autorename"):
+                raise conflict("to/conflict/file")
+            target = self.rename(target)
+        self.make_folders(target)
+        for key in self.below(entry.path):
+            one = copy.copy(self.entries[key])
+            one.path = target + one.path[len(entry.path) :]
+            one.id = one.id if moves else self.new_id()
+            self.entries[fold(one.path)] = one
+            if moves:
+                del self.entries[key]
+        return {"metadata": self.entries[fold(target)].metadata()}
+
+    def files_copy_v2(self, argument, body):
+        return self.files_move_v2(argument, body, moves=False)
 
     def files_list_folder(self, argument, body):
         folder, recursive = argument["path"], argument.get("recursive")
@@ -744,7 +834,7 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             raise bad_request('path: Specify the root folder as "" rather than "/".')
         if folder and self.find(folder).data is not None:
             raise conflict("path/not_folder")
-        start = f"{self.fold(folder)}/"
+        start = f"{fold(folder)}/"
 
         def inside(metadata):
             path = metadata["path_lower"]
@@ -752,8 +842,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
             return path.startswith(start) and (recursive or "/" not in below)
 
         found = [entry.metadata() for _, entry in sorted(self.entries.items())]
-        found = [*filter(inside, found)]
         size = min(argument.get("limit") or self.page_size, self.page_size)
+        found = [*filter(inside, found)]
         return self.page(found, inside, len(self.changes), size, first=True)
 
     def files_list_folder_continue(self, argument, body):
@@ -789,6 +879,12 @@ class FakeDropbox(dropbox.Dropbox):
         self.account = account or FakeAccount()
         super().__init__(token, session=self.account.create_session())
 
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        """A plain client on the same account, as for with_path_root()."""
+        client = copy.copy(self)
+        client.__class__ = dropbox.Dropbox
+        return client.clone(*args, **kwargs)
+
 
 class FakeDropboxMixin:
     """For a TestCase: in each test, all storages use a new account, self.account."""
@@ -810,13 +906,11 @@ import gc
 import logging
 import os
 import pickle
-import posixpath
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import types
 import unittest
 import warnings
@@ -985,22 +1079,6 @@ PROCESSES = itertools.count(1)
 GETPID = os.getpid
 
 START_NEW_THREAD = _thread.start_new_thread
-
-
-class Clock:
-    """Stands for the module's time: it passes in pauses alone, and at once."""
-
-    time = staticmethod(time.time)
-
-    def __init__(self):
-        self.now, self.pauses = 1000.0, []
-
-    def monotonic(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.pauses.append(seconds)
-        self.now += seconds
 
 
 REFRESHING = {
