@@ -97,6 +97,7 @@ from test_dropbox_storage import (  # noqa: F401
     answers,
     collecting,
     content_hash,
+    expect,
     get_storage,
     module,
     noise,
@@ -976,9 +977,9 @@ class AccountMachine(RuleBasedStateMachine):
         try:
             yield
         except DropboxStorageException:
-            assert permanent
+            expect(permanent)
         except FileNotFoundError:
-            assert missing and missing not in self.model
+            expect(missing and missing not in self.model)
 
     @rule(
         route=st.sampled_from(["*", "files/upload", "files/upload_session/finish"]),
@@ -1010,15 +1011,14 @@ class AccountMachine(RuleBasedStateMachine):
         content = CONTENTS[content] + b"%d" % next(self.numbers)
         with self.refusing():
             saved = self.add.save(name, ContentFile(content))
-            assert self.key(saved) not in self.model
+            expect(self.key(saved) not in self.model)
             self.model[self.key(saved)] = content
 
     @rule(name=some, content=contents, mode=st.sampled_from(["overwrite", "update"]))
     def replace(self, name, content, mode):
         with self.refusing():
-            assert getattr(self, mode).save(
-                name, ContentFile(CONTENTS[content])
-            ) == name_of(name)
+            saved = getattr(self, mode).save(name, ContentFile(CONTENTS[content]))
+            expect(saved == name_of(name))
             self.model[self.key(name)] = CONTENTS[content]
 
     @rule(name=some, content=contents, breaks=st.booleans())
@@ -1026,7 +1026,7 @@ class AccountMachine(RuleBasedStateMachine):
         with self.refusing(), contextlib.suppress(ZeroDivisionError):
             with self.add.open(name, "wb") as file:
                 file.write(CONTENTS[content])
-                assert not breaks or 1 / 0
+                expect(not breaks or 1 / 0)
             self.model[self.key(name)] = CONTENTS[content]
 
     @rule(name=some)
@@ -1039,26 +1039,26 @@ class AccountMachine(RuleBasedStateMachine):
     def look(self, name):
         key = self.key(name)
         with self.refusing(key):
-            assert self.add.exists(name) == (key in self.model)
-            assert self.add.size(name) == len(self.model[key])
-            assert self.add.url(name) in self.account.links
+            expect(self.add.exists(name) == (key in self.model))
+            expect(self.add.size(name) == len(self.model[key]))
+            expect(self.add.url(name) in self.account.links)
 
     @rule(name=some)
     def read(self, name):
         with self.refusing(self.key(name)), self.add.open(name) as file:
-            assert file.read() == self.model[self.key(name)]
+            expect(file.read() == self.model[self.key(name)])
 
     @rule()
     def list(self):
         with self.refusing():
             folders, files = self.add.listdir("")
             found = {self.key(name) for name in files}
-            assert found == {key for key in self.model if "/" not in key[1:]}
+            expect(found == {key for key in self.model if "/" not in key[1:]})
 
     @invariant()
     def the_account_holds_what_it_must(self):
         files = self.account.files()
-        assert {path.lower(): data for path, data in files.items()} == self.model
+        expect({path.lower(): data for path, data in files.items()} == self.model)
 
 
 def name_of(name):
@@ -1738,7 +1738,7 @@ class CommitTests(StorageTestCase):
     def test_chunks_of_any_size_fit_into_a_request(self):
         class Small(FakeAccount):  # as if 12 UNIT were all that a request may carry
             def check_hash(self, argument, body):
-                assert len(body) <= 12 * UNIT
+                expect(len(body) <= 12 * UNIT)
                 super().check_hash(argument, body)
 
         data = noise(30 * UNIT + 1, 8)
