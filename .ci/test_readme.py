@@ -34,7 +34,7 @@ MANAGE = """
 import sys, dropbox, test_dropbox_storage as tests
 from django.core.management import execute_from_command_line
 account, create_session = tests.FakeAccount(), dropbox.create_session
-account.refresh_tokens = {"refresh": ("key", "secret")}
+account.refresh_tokens = {"refresh": ("key", None)}
 def mounted(*args, **kwargs):
     session = create_session(*args, **kwargs)
     session.mount("https://", account)
@@ -44,8 +44,28 @@ execute_from_command_line(["manage.py", *sys.argv[1:]])
 """
 
 
+# The copy of MEDIA_ROOT is interrupted after three files, and made again.
+COPY = """
+import __main__
+import pathlib
+lines, text = [], pathlib.Path("copy_media.py").read_text()
+def interrupt(line):
+    lines.append(line)
+    if len(lines) == 3:
+        raise KeyboardInterrupt
+try:
+    exec(text, {"print": interrupt})
+except KeyboardInterrupt:
+    pass
+exec(text, {"print": lines.append})
+print(lines)
+print(sorted(__main__.account.files()))
+"""
+
+
 # What a visitor does in the project: uploads, looks, and is sent to the login.
 VISIT = """
+import asyncio
 from django.contrib.auth import get_user_model
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client, RequestFactory
@@ -58,11 +78,19 @@ file = SimpleUploadedFile("a b.txt", b"12345")
 document = Document.objects.create(owner=user, file=file)
 print(document.file.name, document.file.url)
 print(b"".join(views.download(request, document.pk)).decode())
+async def read(response):
+    return b"".join([part async for part in response])
+print(asyncio.run(read(views.stream(document.file.open()))).decode())
 client = Client(HTTP_HOST="localhost")
 print(client.get(document.file.url)["Location"])
 client.force_login(user)
 print(client.get(document.file.url)["Location"][:28])
 print(storages.Invoices().write_mode)
+from docs import files
+files.copy("documents/a_b.txt", "copy.txt")
+files.move("documents/a_b.txt", "moved.txt")
+exists = files.storage.exists
+print(exists("copy.txt"), exists("moved.txt"), exists("documents/a_b.txt"))
 """
 
 
@@ -79,7 +107,7 @@ class ReadmeTests(unittest.TestCase):
 
     def manage(self, *arguments):
         environment = {**os.environ, "DROPBOX_OAUTH2_REFRESH_TOKEN": "refresh"}
-        environment.update(DROPBOX_APP_KEY="key", DROPBOX_APP_SECRET="secret")
+        environment["DROPBOX_APP_KEY"] = "key"
         environment.update(DJANGO_SETTINGS_MODULE="site_of_a_reader.settings")
         folders = (self.folder, pathlib.Path(module.__file__).parent, README.parent)
         environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
@@ -104,8 +132,12 @@ class ReadmeTests(unittest.TestCase):
             call_command("startapp", "docs", str(app), verbosity=0)
             with (project / "settings.py").open("a", encoding="utf-8") as file:
                 file.write("INSTALLED_APPS += ['docs']\n")
+            blocks = {}
             for block in self.blocks("python"):
                 name = re.match(r"# (\w+\.py)\n", block)[1]
+                blocks[name] = block
+                if name == "copy_media.py":
+                    continue  # is pasted into the shell
                 home = project if name in ("settings.py", "urls.py") else app
                 with (home / name).open("a", encoding="utf-8") as file:
                     file.write(f"\n{block}")
@@ -118,19 +150,35 @@ class ReadmeTests(unittest.TestCase):
             self.assertIn("No changes", self.manage("makemigrations", "docs"))
             self.assertIn("OK", self.manage("test", "docs"))
             self.manage("migrate")
-            (check,) = re.findall(
-                r'shell -c "\n(.*?)\n"', self.blocks("console")[0], re.S
+            with (project / "settings.py").open("a", encoding="utf-8") as file:
+                file.write(f"\nMEDIA_ROOT = {str(self.folder / 'media')!r}\n")
+            for number in range(5):
+                path = self.folder / "media" / f"dir{number}" / "a b.txt"
+                path.parent.mkdir(parents=True)
+                path.write_bytes(b"%d" % number)
+                path.with_name(".hidden").touch()
+            copied = self.folder / "copy_media.py"
+            copied.write_text(blocks["copy_media.py"], encoding="utf-8")
+            command = re.search(r'shell -c "(.*)"', "".join(self.blocks("sh")))[1]
+            shown = self.manage("shell", "-c", f"{COPY}\n{command}\n{VISIT}")
+            shown = shown[shown.index("['1 of 5: ") :]
+            copied, stored, check, *visit = shown.splitlines()
+            order = [f"{n} of 5: dir{n - 1}/a b.txt" for n in (1, 2, 3, 1, 2, 3, 4, 5)]
+            self.assertEqual(copied, str(order))
+            self.assertEqual(stored, str([f"/media/dir{n}/a b.txt" for n in range(5)]))
+            self.assertRegex(
+                check, r"^It works: check-\w+\.txt was saved .* in /media,"
             )
             self.assertEqual(
-                self.manage("shell", "-c", f"{check}\n{VISIT}").splitlines()[-6:],
+                visit,
                 [
-                    "It works: check.txt was saved in Dropbox in /media, "
-                    "read and deleted.",
                     "documents/a_b.txt /media/documents/a_b.txt",
+                    "12345",
                     "12345",
                     "/accounts/login/?next=/media/documents/a_b.txt",
                     "https://content.example/apit",
                     "update",
+                    "True True False",
                 ],
             )
 
