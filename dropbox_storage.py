@@ -1584,9 +1584,10 @@ class _ContentHash:
 class _BackgroundCall:
     """A call in a daemon thread, for whose end other threads may wait.
 
-    An executor would keep the interpreter from exiting. A Thread and a Future take
-    their locks in Python code: an exception of a signal handler leaves them locked.
-    Here, each thread that waits has a lock of its own.
+    An executor would keep the interpreter from exiting. A Thread, as it starts, and a
+    Future take locks in Python code: an exception of a signal handler, which runs in
+    the main thread, leaves them locked. Here, another thread starts the Thread, and
+    each thread that waits has a lock of its own.
     """
 
     def __init__(self, function, *args):
@@ -1594,10 +1595,13 @@ class _BackgroundCall:
         self._result = None
         self._error = None
         self._locks = []  # of the threads that wait
+        thread = threading.Thread(target=self._run, args=(function, args))
+        thread.daemon = True
+        thread.name = "dropbox_storage"
         try:
-            _thread.start_new_thread(self._run, (function, args))
-        except RuntimeError:  # there are no more threads, as when the interpreter exits
-            self._run(function, args)
+            _thread.start_new_thread(_start, (thread,))
+        except RuntimeError:
+            thread.run()
 
     def _run(self, function, args):
         try:
@@ -1608,8 +1612,6 @@ class _BackgroundCall:
             self.is_done = True
             for lock in self._locks:
                 lock.release()
-            # If something was logged, Python keeps an entry for this thread.
-            threading._active.pop(threading.get_ident(), None)
             del self, function, args  # an error keeps this frame, and would keep them
 
     def wait(self, seconds=None):
@@ -1631,6 +1633,13 @@ class _BackgroundCall:
             return self._result
         finally:
             del self  # the error keeps this frame, which would keep the error
+
+
+def _start(thread):
+    try:
+        thread.start()
+    except RuntimeError:  # there are no more threads, as when the interpreter exits
+        thread.run()
 
 
 # -- The way to Dropbox ----------------------------------------------------------------
@@ -1739,7 +1748,7 @@ class _Api:
 
     def copy_client(self):
         client = copy.copy(self.client)
-        client._session = _CheckedSession(self.owner)
+        client._session = _CheckedSession(self.owner, client._timeout)
         client._oauth2_access_token = self.owner._oauth2_access_token
         return client
 
@@ -1751,13 +1760,13 @@ class _CheckedSession:
     repeats it, and follows no redirect. The session of the client stays as it is.
     """
 
-    def __init__(self, owner):
+    def __init__(self, owner, timeout):
         self._owner = owner
+        self._limits = _find_time_limits(timeout)
 
-    def post(self, url, timeout=None, **options):
-        options = {**options, "stream": True, "allow_redirects": False}
-        limits = _find_time_limits(timeout)
-        response = self._owner._session.post(url, timeout=limits, **options)
+    def post(self, url, **options):
+        options.update(timeout=self._limits, stream=True, allow_redirects=False)
+        response = self._owner._session.post(url, **options)
         status = response.status_code
         if logger.isEnabledFor(logging.DEBUG):
             seconds = response.elapsed.total_seconds()
@@ -2369,7 +2378,7 @@ def authorize(app_key):
     flow = DropboxOAuth2FlowNoRedirect(
         app_key, use_pkce=True, token_access_type="offline", scope=[*SCOPES]
     )
-    flow.requests_session = _CheckedSession(api.owner)
+    flow.requests_session = _CheckedSession(api.owner, client._timeout)
     print(f"Open this address and allow the app to use your Dropbox:\n{flow.start()}\n")
     try:
         code = input("Type the code that the page shows: ").strip()

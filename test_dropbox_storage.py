@@ -1114,7 +1114,8 @@ class StorageTestCase(SimpleTestCase):
         patch = unittest.mock.patch.object(module, "time", self.clock)
         patch.start()
         self.addCleanup(patch.stop)
-        self.running = []  # threads that the module has started
+        self.other_threads = threading.enumerate()
+        self.starting = []  # threads in which the module starts a Thread
         patch = unittest.mock.patch.object(_thread, "start_new_thread", self.start)
         patch.start()
         self.addCleanup(patch.stop)
@@ -1196,26 +1197,29 @@ class StorageTestCase(SimpleTestCase):
         """Nobody waits for threads in the background, but they soon end."""
 
         end = time.monotonic() + 5
-        while self.running and time.monotonic() < end:
+        while self.has_running_threads() and time.monotonic() < end:
             time.sleep(0.001)
-        self.assertFalse(self.running)
+        self.assertFalse(self.has_running_threads())
+
+    def has_running_threads(self):
+        """Whether a thread that the module has started has not ended."""
+        named = {one for one in threading.enumerate() if one.name == "dropbox_storage"}
+        return bool(self.starting) or not named.issubset(self.other_threads)
 
     def start(self, function, args):
-        """As _thread.start_new_thread(). It notes which threads run."""
-        thread, call = object(), [(function, args)]
-        self.running.append(thread)
-        del function, args
+        """As _thread.start_new_thread(). It notes which Thread is not running yet."""
+        starting = object()
+        self.starting.append(starting)
 
-        def run():
-            (function, args) = call.pop()  # so that nothing is kept at the end
+        def run(*args):
             function(*args)
-            del function, args
-            self.running.remove(thread)
+            del args
+            self.starting.remove(starting)
 
         try:
-            return START_NEW_THREAD(run, ())
+            return START_NEW_THREAD(run, args)
         except BaseException:
-            self.running.remove(thread)
+            self.starting.remove(starting)
             raise
 
 
@@ -3803,7 +3807,7 @@ class FaultTests(StorageTestCase):
         for reason in ("/closed", "/incorrect_offset"):  # a chunk that was not lost
             with self.refused(f"{SESSION}/append_v2", reason):
                 self.save("b", HUGE)
-        self.ends_its_threads()
+            self.ends_its_threads()
 
     def test_a_proxy_that_ignores_ranges_is_reported_at_once(self):
         class Whole(FakeAccount):

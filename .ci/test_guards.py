@@ -691,11 +691,11 @@ class LeavingTests(StorageTestCase):
     def test_transfers_where_no_thread_can_be_started(self):
         full = RuntimeError("can't start new thread")
         self.storage = self.account.storage(**REFRESHING)
-        with unittest.mock.patch.object(_thread, "start_new_thread") as start:
-            start.side_effect = full
-            self.save("big", HUGE)
-            self.assertTrue(self.storage.open("big").read() == HUGE)
-        self.assertGreater(start.call_count, 9)
+        for place, name in ((_thread, "start_new_thread"), (threading.Thread, "start")):
+            with unittest.mock.patch.object(place, name, side_effect=full) as start:
+                saved = self.save("big", HUGE)
+                self.assertTrue(self.storage.open(saved).read() == HUGE)
+            self.assertGreater(start.call_count, 9)
 
     def test_an_exception_of_ones_own(self):
         account = StallingAccount()
