@@ -3270,7 +3270,7 @@ class Forgetting:
         gc.collect()
 
     def forget_wrapper(open_file, write):
-        wrapper = io.TextIOWrapper(io.BufferedWriter(inner(open_file())))
+        wrapper = io.TextIOWrapper(inner(open_file()))
         wrapper.write("half")
         del wrapper
         gc.collect()
