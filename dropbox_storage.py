@@ -56,6 +56,7 @@ import traceback
 import unicodedata
 import weakref
 from datetime import datetime, timedelta, timezone
+from typing import NamedTuple
 
 from django.conf import settings
 from django.core.cache import caches
@@ -266,15 +267,12 @@ class _Account:
 
     def check(self):
         """Raise ImproperlyConfigured for credentials that cannot work together."""
-        missing = []
-        if not self.oauth2_refresh_token and not self.oauth2_access_token:
-            missing.append("oauth2_refresh_token")
-        if not self.app_key and not self.oauth2_access_token:
-            missing.append("app_key")
-        if missing:
-            missing = [f"{name} ({OPTIONS[name].setting})" for name in missing]
+        wanted = ("oauth2_refresh_token", "app_key")
+        missing = [name for name in wanted if not getattr(self, name)]
+        if missing and not self.oauth2_access_token:
+            names = [f"{name} ({OPTIONS[name].setting})" for name in missing]
             raise ImproperlyConfigured(
-                f"{' and '.join(missing)} not set or empty: set oauth2_refresh_token, "
+                f"{' and '.join(names)} not set or empty: set oauth2_refresh_token, "
                 "app_key and app_secret (an app that uses PKCE has no secret), or else "
                 "oauth2_access_token (DROPBOX_OAUTH2_TOKEN). A token that is empty in "
                 "an argument or a class counts: no setting takes its place."
@@ -2080,20 +2078,16 @@ LIBRARIES = ("dropbox", "stone", "requests", "urllib3", "urllib", "http")
 LIBRARIES += ("json", "simplejson")
 
 
-_Failure = collections.namedtuple(
-    "_Failure",
-    "reason text is_transient is_lost is_token_refused retry_after refusal",
-    defaults=("", False, False, False, 0, None),
-)
-_Failure.__doc__ = """What a failed request means.
+class _Failure(NamedTuple):
+    """What a failed request means."""
 
-    reason: Dropbox's own text for programs. text: what it says to people.
-    is_transient: the same request may succeed later.
-    is_lost: the request may have been carried out, and only its response was lost.
-    is_token_refused: another access token, which can be had, may help.
-    retry_after: seconds that Dropbox asks to wait.
-    refusal: the arguments of the SDK's HttpError, if Dropbox has answered.
-    """
+    reason: str  # Dropbox's own text for programs
+    text: str = ""  # what it says to people
+    is_transient: bool = False  # the same request may succeed later
+    is_lost: bool = False  # it may have been carried out; only its response was lost
+    is_token_refused: bool = False  # another access token, which can be had, may help
+    retry_after: float = 0  # seconds that Dropbox asks to wait
+    refusal: tuple = ()  # the arguments of the SDK's HttpError, if Dropbox has answered
 
 
 class _RequestError(Exception):
