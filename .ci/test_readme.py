@@ -194,7 +194,7 @@ class ReadmeTests(unittest.TestCase):
             self.assertEqual(eval(default.strip() or "None"), option.default)
         self.assertEqual({name for name, *_ in rows}, module.OPTIONS.keys())
         for name, value, unit in re.findall(
-            r"`([A-Z_]+)`\s\(([\d.]+)\s(MiB,)?", README.read_text(encoding="utf-8")
+            r"`([A-Z_]+)`\s\(([\d.]+)\s(MiB)?", README.read_text(encoding="utf-8")
         ):
             value = float(value) * (UNIT if unit else 1)
             self.assertEqual(getattr(DropboxStorage, name), value)
