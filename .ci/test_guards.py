@@ -475,23 +475,18 @@ class MemoryTests(StorageTestCase):
         self.assertLess(self.peak(lambda: storage.save("big", one)), self.limit)
 
     def test_reading(self):
+        """read() has the file in memory once, apart from the blocks."""
         self.account.put("/big", ZEROS * 32)
+        for read, limit in (
+            (lambda file: sum(map(len, file.chunks())), 0),
+            (lambda file: len(file.read()), 128 * MiB * 9 // 8),
+        ):
 
-        def read():
-            with self.storage.open("big") as file:
-                self.assertEqual(sum(map(len, file.chunks())), 128 * MiB)
+            def act(read=read):
+                with self.storage.open("big") as file:
+                    self.assertEqual(read(file), 128 * MiB)
 
-        self.assertLess(self.peak(read), self.limit)
-
-    def test_reading_at_once(self):
-        """The file is in memory once, apart from the blocks."""
-        self.account.put("/big", ZEROS * 32)
-
-        def read():
-            with self.storage.open("big") as file:
-                self.assertEqual(len(file.read()), 128 * MiB)
-
-        self.assertLess(self.peak(read), 128 * MiB * 9 // 8 + self.limit)
+            self.assertLess(self.peak(act), limit + self.limit)
 
     def test_chunks_and_blocks_have_the_sizes_that_are_documented(self):
         self.account.put("/big", ZEROS * 5)
@@ -707,14 +702,6 @@ class LeavingTests(StorageTestCase):
         with self.at_once(), self.assertRaises(ZeroDivisionError):
             account.storage().save("new", Broken(HUGE))
 
-    def test_attempts_of_an_upload_end_with_it(self):
-        self.account.fail("files/upload_session/append_v2", "503", times=999)
-        with self.assertRaises(ZeroDivisionError):
-            self.storage.save("new", Broken(HUGE))
-        calls = sum(self.account.calls.values())
-        self.ends_its_threads()
-        self.assertLess(sum(self.account.calls.values()) - calls, 30)
-
     def test_an_interrupt_while_it_waits_for_a_chunk(self):
         account = StallingAccount()
         account.stalling = ("files/upload_session/append_v2",)
@@ -723,15 +710,22 @@ class LeavingTests(StorageTestCase):
         self.interrupted(file.close)
         self.assertTrue(file.closed)
 
-    def test_attempts_end_with_the_stream(self):
+    def test_attempts_end_with_the_stream_or_the_upload(self):
         self.account.put("/big", HUGE)
         self.storage.FIRST_WAIT = 1
         file = self.storage.open("big")
         file.read(2 * UNIT)
-        self.account.fail("files/download", "503", times=999)
+        self.account.fail("*", "503", times=999)
         self.interrupted(file.read)
         file.close()
         self.ends_its_threads()
+        self.account.faults.clear()
+        self.account.fail("files/upload_session/append_v2", "503", times=999)
+        with self.assertRaises(ZeroDivisionError):
+            self.storage.save("new", Broken(HUGE))
+        calls = sum(self.account.calls.values())
+        self.ends_its_threads()
+        self.assertLess(sum(self.account.calls.values()) - calls, 30)
 
     def test_the_interpreter_exits(self):
         code = """
@@ -1111,12 +1105,19 @@ class FailureTests(StorageTestCase):
             self.assertEqual(len(caught.exception.__cause__.body), 64 * 1024)
 
     def test_a_cause_holds_no_request_and_no_frame(self):
-        with self.refused("*", "bad_input") as caught:
-            self.storage.exists("a")
-        cause = caught.exception.__cause__
-        self.assertIsNone(cause.__traceback__)
-        self.assertIsNone(cause.__context__)
-        self.assertEqual({*vars(cause)}, {"request_id", "status_code", "body"})
+        self.storage.max_wait = 0
+        for kind in ("reset", "stall", "bad_input"):
+            with self.refused("*", kind) as caught:
+                self.save("a")
+            cause = caught.exception.__cause__
+            if kind == "bad_input":
+                self.assertIsNone(cause.__traceback__)
+                self.assertIsNone(cause.__context__)
+                names = {"request_id", "status_code", "body"}
+                self.assertEqual({*vars(cause)}, names)
+            else:
+                self.assertIsNone(cause)
+                self.assertIsNone(caught.exception.__context__)
 
     def test_the_password_of_a_proxy_is_shown_nowhere(self):
         proxy = "http://user:pass%40word@proxy.example:3128"
@@ -1133,55 +1134,30 @@ class FailureTests(StorageTestCase):
             self.assertIn(type(error).__name__, shown)
             self.assertNotIn("pass%40word", shown)
 
-    def test_a_builtin_error_passes_through_unless_the_sdk_has_raised_it(self):
+    def test_what_comes_from_elsewhere_passes_through(self):
         """What a hook, a bug or a time limit raises is known by its innermost frame."""
-        for kind in (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-            for package in (
-                "dropbox.files",
-                "stone.x",
-                "requests.hooks",
-                "json.decoder",
-            ):
+        builtin = (ValueError, KeyError, TypeError, AssertionError, RecursionError)
+        for kind in builtin:
+            for package in ("dropbox.files", "stone.x", "requests.x", "json.decoder"):
                 with self.failing("*", raised_by(package, kind("x"))):
                     self.assertFalse(self.storage.exists("a"))
-            error = kind("x")
-            self.clock.pauses.clear()
-            for package in ("celery.timers", "dropboxlike", __name__):
-                with self.failing("*", raised_by(package, error)):
-                    with self.assertRaises(kind) as caught:
-                        self.storage.exists("a")
-                self.assertIs(caught.exception, error)
-            self.assertEqual(self.clock.pauses, [])
-        for error in (MemoryError(), type("TimerInAnotherThread", (ValueError,), {})()):
-            with self.failing("*", raised_by("dropbox.files", error)):
-                with self.assertRaises(type(error)):
+        self.clock.pauses.clear()
+        others = (TimeoutError, ValidationError, KeyboardInterrupt, OSError)
+        derived = [
+            type("Limit", (kind,), {"__init__": lambda self: None})()
+            for kind in (*builtin, OSError, UnicodeDecodeError)
+        ]
+        errors = [kind("x") for kind in builtin + others] + derived
+        packages = itertools.cycle(("celery.timers", "dropboxlike", __name__))
+        faults = [(raised_by(next(packages), error), error) for error in errors]
+        for error in (MemoryError(), derived[0]):
+            faults.append((raised_by("dropbox.files", error), error))
+        for fault, error in faults:
+            with self.subTest(repr(error)), self.failing("*", fault):
+                with self.assertRaises(type(error)) as caught:
                     self.storage.exists("a")
-
-    def test_errors_of_signal_handlers_pass_through(self):
-        class Limit(AssertionError):  # as timeout-decorator's
-            pass
-
-        for kind in (Limit, TimeoutError, ValidationError, KeyboardInterrupt):
-            limit = kind("limit")
-
-            def interrupt(error=limit):
-                raise error
-
-            with self.failing("*", interrupt), self.assertRaises(kind) as caught:
-                self.storage.exists("a")
-            self.assertIs(caught.exception, limit)
-            self.assertEqual(self.clock.pauses, [])
-
-    def test_subclasses_of_what_the_sdk_raises_pass_through(self):
-        for kind in (OSError, ValueError, KeyError, AssertionError, UnicodeDecodeError):
-            error = type("Limit", (kind,), {"__init__": lambda self: None})()
-
-            def interrupt(error=error):
-                raise error
-
-            with self.failing("*", interrupt), self.assertRaises(kind) as caught:
-                self.storage.exists("a")
-            self.assertIs(caught.exception, error)
+                self.assertIs(caught.exception, error)
+        self.assertEqual(self.clock.pauses, [])
 
     def test_certificates_and_proxies_are_reported_at_once(self):
         bundle = OSError("Could not find a suitable TLS CA certificate bundle")
@@ -1249,14 +1225,6 @@ class SecretTests(StorageTestCase):
             self.assertEqual(path, f"{module.__name__}.DropboxStorage")
             imported = import_string(path)(*args, **kwargs)
             self.assertEqual(imported.deconstruct(), storage.deconstruct())
-
-    def test_subclasses_with_arguments_of_their_own(self):
-        class Media(DropboxStorage):
-            def __init__(self, secret, folder="/x"):
-                super().__init__(secret, root_path=folder)
-
-        args, kwargs = Media("hidden-token", folder="/y")._constructor_args
-        self.assertEqual((args, kwargs), (("***",), {"folder": "/y"}))
 
     def test_no_repr_and_no_log_shows_a_secret(self):
         with self.assertLogs(level="DEBUG") as logs:
@@ -1382,28 +1350,11 @@ class SecretTests(StorageTestCase):
         self.assertIsInstance(error, ImportError)
         self.assertFalse(secret in page)
 
-    def test_credentials_in_dicts_and_lists_stay_out_of_migrations(self):
+    def test_what_a_migration_holds_in_place_of_credentials(self):
         class Tenant(DropboxStorage):
             def __init__(self, accounts, folder, *more):
                 super().__init__(**accounts[0], root_path=folder)
 
-        keywords = {k: v for k, v in self.secrets.items() if "access" not in k}
-        storage = Tenant([keywords], "/x", {"deep": [keywords["app_secret"]]}, "/y")
-        self.assertEqual(storage._constructor_args, (("***", "/x", "***", "/y"), {}))
-
-        class Computed(DropboxStorage):
-            oauth2_access_token = property(lambda self: self.account["token"])
-
-            def __init__(self, account):
-                self.account = account
-                super().__init__()
-
-        storage = Computed({"token": "hidden-token"})
-        self.assertEqual(storage._constructor_args, (("***",), {}))
-        storage.account = {}  # the property fails, as it may outside a web request
-        self.assertEqual(storage._constructor_args[1], {})
-
-    def test_credentials_stay_out_of_migrations_if_they_are_replaced_or_hidden(self):
         class Renamed(DropboxStorage):
             def __init__(self, secret, folder, nothing=None):
                 super().__init__(secret, root_path=folder)
@@ -1415,33 +1366,36 @@ class SecretTests(StorageTestCase):
         class Hidden(DropboxStorage):
             oauth2_access_token = property(lambda self: 1 / 0)
 
-        replaced = DropboxStorage("hidden-1", root_path="/r")
-        replaced.oauth2_access_token = "hidden-2"
-        renamed = Renamed("hidden-1", "/r", None)
-        renamed.oauth2_access_token = "hidden-2"
-        hidden = Hidden("hidden-1", root_path="/r")
-        unprintable = DropboxStorage("hidden-1", base_url=Unprintable())
-        for storage, arguments in (
-            (replaced, (("***",), {"root_path": "/r"})),
-            (renamed, (("***", "/r", None), {})),
-            (Named("/r", "hidden-1", "more"), (("/r", "hidden-1", "more"), {})),
-            (hidden, (("***",), {"root_path": "/r"})),
-            (unprintable, (("***",), {"base_url": "***"})),
-            (DropboxStorage(timeout=None), ((), {"timeout": None})),
-            (DropboxStorage("", app_key=None), (("",), {"app_key": None})),
-        ):
-            self.assertEqual(storage._constructor_args, arguments)
+        class Computed(DropboxStorage):
+            oauth2_access_token = property(lambda self: self.account["token"])
 
-    def test_the_request_and_the_response_are_taken_off_the_cause(self):
-        self.storage.max_wait = 0
-        for kind in ("reset", "stall", "bad_input"):
-            with self.refused("*", kind) as caught:
-                self.save("a")
-            error = caught.exception
-            while error:
-                for value in vars(error).values():
-                    self.assertNotIn("requests.models", type(value).__module__)
-                error = error.__cause__ or error.__context__
+            def __init__(self, account):
+                self.account = account
+                super().__init__()
+
+        keywords = {k: v for k, v in self.secrets.items() if "access" not in k}
+        nested = {"deep": [keywords["app_secret"]]}
+        replaced = DropboxStorage("hidden-1", root_path="/r")
+        renamed = Renamed("hidden-1", "/r", None)
+        for storage in (replaced, renamed):
+            storage.oauth2_access_token = "hidden-2"
+        failing = Computed({"token": "hidden-token"})
+        failing.account = {}  # the property fails, as it may outside a web request
+        for storage, args, kwargs in (
+            (Tenant([keywords], "/x", nested, "/y"), ("***", "/x", "***", "/y"), {}),
+            (Renamed("hidden-1", folder="/y"), ("***",), {"folder": "/y"}),
+            (Computed({"token": "hidden-token"}), ("***",), {}),
+            (failing, ({"token": "hidden-token"},), {}),
+            (replaced, ("***",), {"root_path": "/r"}),
+            (renamed, ("***", "/r", None), {}),
+            (Named("/r", "hidden-1", "more"), ("/r", "hidden-1", "more"), {}),
+            (Hidden("hidden-1", root_path="/r"), ("***",), {"root_path": "/r"}),
+            (DropboxStorage("hidden-1", base_url=Unprintable()), ("***",),
+             {"base_url": "***"}),
+            (DropboxStorage(timeout=None), (), {"timeout": None}),
+            (DropboxStorage("", app_key=None), ("",), {"app_key": None}),
+        ):  # fmt: skip
+            self.assertEqual(storage._constructor_args, (args, kwargs))
 
     def test_redirects_are_not_followed(self):
         storage = self.account.storage(**REFRESHING)
@@ -1960,8 +1914,6 @@ class SharedRefreshTests(StorageTestCase):
 
     def setUp(self):
         super().setUp()
-        unittest.mock.patch.object(module, "time", time).start()
-        self.addCleanup(unittest.mock.patch.stopall)
         self.storage = self.account.storage(**REFRESHING)
         self.begun, self.go_on = threading.Event(), threading.Event()
         token = self.account.token
@@ -2010,56 +1962,6 @@ class BlockTests(StorageTestCase):
         super().setUp()
         self.account.put("/a.txt", b"one\ntw\xc3\xb6\r\nthree")
         self.big = random.Random(3).randbytes(20 * UNIT + 5)
-
-    def test_no_reply_is_left_open(self):
-        replies = []  # kept, so that none is closed only by being forgotten
-
-        class Recording(FakeAccount):
-            def send(self, *args, **kwargs):
-                replies.append(super().send(*args, **kwargs))
-                return replies[-1]
-
-        account = Recording()
-        storage = account.storage()
-        account.put("/big", self.big)
-        account.fail("files/download", "truncate", times=2)
-        with storage.open("big") as file:
-            self.assertTrue(file.read() == self.big)
-        for size in (5 * UNIT, 5):
-            with storage.open("big") as file:
-                file.read(size)
-            self.ends_its_threads()
-        files = [reply for reply in replies if "dropbox-api-result" in reply.headers]
-        self.assertGreater(len(files), 5)
-        self.assertTrue(all(reply.raw.closed for reply in files))
-
-    def test_a_reply_from_elsewhere_in_the_file_is_refused(self):
-        class Rangeless(FakeAccount):
-            def send_file(self, metadata, data, request, fault):
-                request.headers.pop("Range", None)
-                return super().send_file(metadata, data, request, fault)
-
-            def send(self, *args, **kwargs):
-                self.response = super().send(*args, **kwargs)
-                return self.response
-
-        account = Rangeless()
-        account.put("/a", b"0123456789" * UNIT)
-        with account.storage(max_wait=0).open("a") as file:
-            file.seek(5 * UNIT)
-            with self.assertRaisesRegex(DropboxStorageException, "asked for bytes"):
-                file.read(10)
-            self.assertTrue(account.response.raw.closed)
-
-    def test_no_thread_or_connection_is_left_behind(self):
-        self.account.put("/big", self.big)
-        with self.storage.open("big") as file:
-            file.read(5 * UNIT)
-        with self.storage.open("big", "wb") as file:
-            file.write(self.big)
-        with self.assertRaises(ZeroDivisionError):
-            self.storage.save("new", Broken(self.big))
-        self.ends_its_threads()
 
     def test_an_interrupted_read_does_not_skip_either(self):
         class Interrupted(io.BytesIO):
@@ -2154,15 +2056,20 @@ class BlockTests(StorageTestCase):
         storage = account.storage()
         gc.disable()
         self.addCleanup(gc.enable)
+        account.fail("files/download", "truncate", times=2)
         for name in ("big", "small"):
             for use in (
                 lambda file: None,
                 lambda file: file.size,
+                lambda file: file.read(),
+                lambda file: file.read(5 * UNIT),
                 lambda file: (file.seek(9), file.read(1)),
             ):
                 with storage.open(name) as file:
                     use(file)
                 kept.append(file)
+        with self.assertRaises(ZeroDivisionError):
+            storage.save("new", Broken(self.big))
         self.ends_its_threads()
         for response in responses:
             self.assertTrue(response.raw.closed or not response.raw.length_remaining)
@@ -2243,25 +2150,6 @@ class SdkTests(StorageTestCase):
 
 
 class PauseTests(StorageTestCase):
-    """How long it waits between attempts."""
-
-    def test_without_waiting_there_is_one_attempt(self):
-        for first_wait in (0, 0.5):
-            storage = self.account.storage(max_wait=0)
-            storage.FIRST_WAIT = first_wait
-            with self.refused("*", "503", times=99) as caught:
-                with self.costs("files/get_metadata"):
-                    storage.exists("a")
-            self.assertIn("failed (1 attempt, 0 s): HTTP 503", str(caught.exception))
-
-    def test_permanent_failures_are_not_repeated_without_a_pause_either(self):
-        self.storage.FIRST_WAIT = 0
-        with (
-            self.refused("*", "missing_scope", times=9),
-            self.costs("files/get_metadata"),
-        ):
-            self.storage.exists("a")
-
     def test_an_assigned_client_does_not_repeat_calls_by_itself(self):
         self.storage.client, self.storage.max_wait = FakeDropbox(self.account), 0
         for kind in ("503", "429", "expired_token"):
