@@ -230,9 +230,8 @@ def _seconds(value, least, most):
     raise ValueError(f"None or a number of seconds from {least} to {most}")
 
 
-def _one_of(value, get_choices):
-    choices = list(get_choices())
-    if value in choices:
+def _one_of(value, choices):
+    if value in list(choices):
         return value
     raise ValueError(f"one of {', '.join(map(repr, choices))}")
 
@@ -374,13 +373,11 @@ class DropboxStorage(django_storage.Storage):
     max_wait = _Option("DROPBOX_MAX_WAIT", 60, _seconds, 0, 86400)
     # What save() does if the name is taken. "add": chooses another name; "overwrite":
     # replaces the file; "update": replaces it unless somebody changes it meanwhile.
-    write_mode = _Option("DROPBOX_WRITE_MODE", "add", _one_of, lambda: WRITE_MODES)
+    write_mode = _Option("DROPBOX_WRITE_MODE", "add", _one_of, WRITE_MODES)
     # If it is set, url() joins it with the name and sends no request; see serve().
     base_url = _Option("DROPBOX_BASE_URL", None, _url)
     # The alias in CACHES of the cache that keeps the temporary links.
-    url_cache = _Option(
-        "DROPBOX_URL_CACHE", "default", _one_of, lambda: settings.CACHES
-    )
+    url_cache = _Option("DROPBOX_URL_CACHE", "default", _one_of, caches)
     # Seconds that a link is kept there. 0 or None: not at all.
     url_cache_timeout = _Option(
         "DROPBOX_URL_CACHE_TIMEOUT", 3600, _seconds, 0, MAX_LINK_AGE
@@ -485,9 +482,7 @@ class DropboxStorage(django_storage.Storage):
             return super().save(name, content, max_length)
         if not hasattr(content, "chunks"):
             content = File(content, name)
-        wanted = content.name if name is None else name
-        free_name = str(wanted) if _is_small(content) else None
-        new_file = _NewFile(self, max_length, free_name)
+        new_file = _NewFile(self, max_length, asks_first=not _is_small(content))
         return new_file.save(name, content, max_length)
 
     def _has_default_naming(self):
@@ -498,30 +493,24 @@ class DropboxStorage(django_storage.Storage):
         return functions == [getattr(DropboxStorage, name, None) for name in names]
 
     def _save(self, name, content):
-        mode = self._option("write_mode")
-        if mode == "add":
-            return self._add(name, content, self.get_available_name)
-        name = self._clean_name(name)
-        revision = self._find_revision(name) if mode == "update" else None
-        with contextlib.closing(self._start_upload(name, mode, revision)) as upload:
-            upload.send(content.chunks())
-            self._commit(upload)
-        return name
+        return self._store(name, content, self.get_available_name)
 
-    def _add(self, name, content, choose_name):
-        """Save under the name, or choose_name(name) if it is taken; return that."""
+    def _store(self, name, content, choose_name):
+        """Save the content and return its name: choose_name(name) if that is taken."""
+        mode = self._option("write_mode")
         wanted = self._clean_name(name)
         name = wanted
+        revision = self._find_revision(name) if mode == "update" else None
         refused = set()
-        with contextlib.closing(self._start_upload(name, "add")) as upload:
+        with contextlib.closing(self._start_upload(name, mode, revision)) as upload:
             upload.send(content.chunks())
             while True:
                 try:
                     self._commit(upload)
                     return name
                 except (FileExistsError, IsADirectoryError):
-                    if name in refused:
-                        raise  # it would be refused for ever
+                    if mode != "add" or name in refused:
+                        raise  # the same would be refused for ever
                 refused.add(name)
                 name = self._clean_name(choose_name(wanted))
                 upload.path = self._path(name)
@@ -677,14 +666,14 @@ class DropboxStorage(django_storage.Storage):
 
     def _list_folder(self, folder, may_restart=True):
         """Return the metadata of the files and folders in the folder."""
-        entries = {}
         api = self._api
+        entries = []
         try:
             page = api.call("files/list_folder", folder)
-            _add_page(entries, page)
+            entries += page.entries
             while page.has_more:
                 page = api.call("files/list_folder/continue", folder, page.cursor)
-                _add_page(entries, page)
+                entries += page.entries
         except FileNotFoundError:
             if not self._is_root(folder):
                 raise  # the root is there with the first file that is saved
@@ -692,7 +681,10 @@ class DropboxStorage(django_storage.Storage):
             if may_restart and _has_tags(error.reason, "reset"):  # the cursor
                 return self._list_folder(folder, may_restart=False)
             raise
-        return entries.values()
+        # Later pages report what has changed: the last entry of each path decides.
+        # Where a namespace is not mounted, entries have no paths.
+        last = {one.path_lower or one.name.lower(): one for one in entries}
+        return [one for one in last.values() if hasattr(one, "id")]  # not deleted
 
     def _start_download(self, path):
         return _Download(self._api, path, max(1, self.CONNECTIONS))
@@ -716,20 +708,20 @@ class _NoNameTaken(django_storage.Storage):
 class _NewFile(django_storage.Storage):
     """Saves a file under a name that is free, with Django's own code.
 
-    free_name: one that counts as free without a request. Names that were given once
-    count as taken: whoever asks again has been refused them.
+    asks_first: whether Dropbox is asked for the first name, or it counts as free. Names
+    that were given once count as taken: whoever asks again has been refused them.
     """
 
-    def __init__(self, storage, max_length, free_name):
+    def __init__(self, storage, max_length, asks_first):
         self._storage = storage
         self._max_length = max_length
-        self._free_name = free_name
+        self._asks = asks_first
         self._given = set()
 
     def exists(self, name):
-        if name in self._given:
-            return True
-        return name != self._free_name and self._storage.exists(name)
+        asks = self._asks
+        self._asks = True
+        return name in self._given or (asks and self._storage.exists(name))
 
     def get_alternative_name(self, file_root, file_ext):
         return self._storage.get_alternative_name(file_root, file_ext)
@@ -740,7 +732,7 @@ class _NewFile(django_storage.Storage):
         return name
 
     def _save(self, name, content):
-        return self._storage._add(name, content, self.get_available_name)
+        return self._storage._store(name, content, self.get_available_name)
 
 
 def _is_small(content):
@@ -765,16 +757,6 @@ def _mend(part):
     part = (root[: max(1, MAX_NAME - len(extension))] + extension)[:MAX_NAME]
     part = part.rstrip(". ")
     return f"_{part}" if part.lower() in ("", *RESERVED_NAMES) else part
-
-
-def _add_page(entries, page):
-    """Add a page of a listing to the entries. Later pages report what has changed."""
-    for entry in page.entries:
-        # Where a namespace is not mounted, entries have no paths.
-        path = entry.path_lower or entry.name.lower()
-        entries.pop(path, None)
-        if hasattr(entry, "id"):  # what was deleted has none
-            entries[path] = entry
 
 
 # -- Links -----------------------------------------------------------------------------
@@ -813,11 +795,9 @@ class _CachedLink:
         new_mark = os.urandom(16).hex()
         mark = self._use("get_or_set", self._mark_key, new_mark, LINK_REQUEST_LIFE)
         try:
-            link = self._api.call(
-                "files/get_temporary_link",
-                self._path,
-                is_valid=lambda result: _is_link(result.link),
-            ).link
+            link = self._api.repeat(
+                "files/get_temporary_link", self._path, self._request
+            )
         except BaseException:
             self.forget()
             raise
@@ -826,6 +806,13 @@ class _CachedLink:
         # the link, too.
         if self._use("get", self._mark_key) != mark:
             self._use("delete", self._key)
+        return link
+
+    def _request(self):
+        link = self._api.make_client().files_get_temporary_link(self._path).link
+        if not _is_link(link):
+            text = "found no https link"
+            raise _RequestError("BadResponse", text, is_transient=True)
         return link
 
     def forget(self):
@@ -1093,6 +1080,8 @@ class _Upload:
             # The last chunk closes the session, which may be impossible without data.
             while len(self._chunks) > (2 if self._session is None else 1):
                 self._append_in_background(self._chunks.pop(0))
+        if self._session is not None:
+            self._close_session()
 
     def commit(self):
         """Make the content the file at self.path.
@@ -1100,8 +1089,6 @@ class _Upload:
         Raises FileExistsError or IsADirectoryError if the path is taken. It may then be
         called again, after self.path has been changed.
         """
-        if self._session is not None:
-            self._close_session()
         now = datetime.now(timezone.utc).replace(tzinfo=None, microsecond=0)
         self._target["client_modified"] = now
         try:
@@ -1170,8 +1157,7 @@ class _Upload:
         """Send the last chunk when all others are there."""
         while self._sending:
             self._content.append(self._sending.popleft().result())
-        while self._chunks:
-            self._content.append(self._append(self._offset, self._chunks.pop(), True))
+        self._content.append(self._append(self._offset, self._chunks.pop(), True))
 
     def _append(self, offset, chunk, close):
         """Send a chunk of the session; return its hash."""
@@ -1195,19 +1181,16 @@ def _cut(content, size):
     There is always one.
     """
     chunk = io.BytesIO()
-    room = size
     for view in map(_view, content):
         while view:
-            if not room:
+            if chunk.tell() == size:
                 yield chunk
                 chunk = io.BytesIO()
-                room = size
                 chunk.seek(size - 1)  # allocates it whole: growing would copy it
                 chunk.write(b"\0")
                 chunk.seek(0)
-            count = chunk.write(view[:room])
+            count = chunk.write(view[: size - chunk.tell()])
             view = view[count:]
-            room -= count
     chunk.truncate()
     yield chunk
 
@@ -1665,7 +1648,7 @@ class _Api:
         self.is_cancelled = False  # then, no attempt begins any more
         self.owner = _find_owner(client)
 
-    def call(self, route, path, *args, is_valid=lambda result: True, **kwargs):
+    def call(self, route, path, *args, **kwargs):
         """Call the SDK's method for the route, with the path or else with args.
 
         An io.BytesIO among them stands for its content.
@@ -1674,13 +1657,8 @@ class _Api:
         def attempt():
             method = getattr(self.make_client(), route.replace("/", "_"))
             if args and isinstance(args[0], io.BytesIO):
-                result = method(args[0].getvalue(), *args[1:], **kwargs)
-            else:
-                result = method(*(args or (path,)))
-            if not is_valid(result):
-                text = f"not a result of {route}"
-                raise _RequestError("BadResponse", text, is_transient=True)
-            return result
+                return method(args[0].getvalue(), *args[1:], **kwargs)
+            return method(*(args or (path,)))
 
         return self.repeat(route, path, attempt)
 
@@ -1711,8 +1689,7 @@ class _Api:
             elif not failure.is_transient or waited + pause >= self.max_wait:
                 is_lost = any(one.is_lost for one in failures)
                 failure = failure._replace(is_lost=is_lost)
-                cause = _make_cause(failure)
-                raise _make_error(failure, reason, record, self.max_wait) from cause
+                raise _make_error(failure, reason, record, self.max_wait)
             level = logging.INFO if number == 1 else logging.WARNING
             message = "%s of %r failed at attempt %d: %s. Next attempt in %.1f s."
             arguments = (route, path, number, reason, pause)
@@ -2232,6 +2209,11 @@ def _make_error(failure, reason, record, max_wait):
     else:
         error = _make_storage_error(failure, reason, record, max_wait)
     error.failure = failure
+    if failure.refusal:
+        # A new error of the SDK, which holds nothing else.
+        from dropbox.exceptions import HttpError
+
+        error.__cause__ = HttpError(*failure.refusal)
     return error
 
 
@@ -2260,13 +2242,6 @@ def _make_storage_error(failure, reason, record, max_wait):
         # Trackers group errors by the template.
         logger.error(f"{words}: %s", error, extra=record)
     return error
-
-
-def _make_cause(failure):
-    """Return an error of the SDK that holds nothing but this, or None."""
-    from dropbox.exceptions import HttpError
-
-    return HttpError(*failure.refusal) if failure.refusal else None
 
 
 # -- The view and the commands ---------------------------------------------------------
