@@ -14,13 +14,15 @@ README.md describes the options and what the storage promises. The sections here
     Open files                     DropboxFile, which DropboxStorage.open() returns
     Uploads, Downloads             the content of one file on its way
     Hashes and threads             what both of them use
-    The way to Dropbox             requests, repeated and with a token; clients
+    The way to Dropbox             requests, which are repeated
+    Clients and access tokens      which of them a request has
     What a failure means           what is repeated, and which error is raised
     The view and the commands      serve(), check() and authorize()
 
-A section calls only those below it: a storage calls an upload, an upload calls _Api,
-and _Api calls the SDK. A storage holds its options and, if you assign one, its client.
-All else that lasts is in _Process: clients, access tokens and connections.
+A storage calls an upload, an upload calls _Api, and _Api calls the SDK: each section
+calls those below it, and only open files and the commands call the storage. A storage
+holds its options and, if you assign one, its client. What else lasts is in _clients,
+_tokens and _find_session(): clients, access tokens and connections of the process.
 
 One rule explains much of the code. Debug pages and error trackers show the local
 variables of every function that an error passes through. Therefore no local variable
@@ -115,11 +117,14 @@ WRITE_MODES = ("add", "overwrite", "update")
 LINK_LIFE = 4 * 60 * 60
 MAX_LINK_AGE = 3 * 60 * 60
 
+# NUL, and half of a character of UTF-16.
+NO_TEXT = "[\0\ud800-\udfff]"
+
 # What deconstruct() puts in the place of an argument that holds a credential.
 HIDDEN = "***"
 NOT_GIVEN = object()  # the access token, if the constructor has no such argument
 
-# What django-storages calls while its storage works, and what takes its place here.
+# Names that django-storages uses and this storage ignores, and what to do instead.
 FOREIGN_HOOKS = {
     "location": "it is called root_path here; rename it",
     "get_default_settings": "set the options as class attributes or arguments",
@@ -135,11 +140,11 @@ class _Option:
     instance; another attribute of a subclass; and at last the setting, found here.
     """
 
-    def __init__(self, setting, default, clean, *limits):
+    def __init__(self, setting, default, clean, *clean_args):
         self.setting = setting
         self.default = default
-        self._clean = clean
-        self._limits = limits
+        self.clean = clean
+        self.clean_args = clean_args
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -150,26 +155,8 @@ class _Option:
             return self
         return getattr(settings, self.setting, self.default)
 
-    def read(self, storage):
-        """Return the value as it is now, in the form that is used.
-
-        Raises ImproperlyConfigured for a wrong value.
-        """
-        value = getattr(storage, self.name)
-        try:
-            return self._clean(value, *self._limits)
-        except ValueError as error:
-            # The value of a text, which may be secret, is described and not shown.
-            wanted, *found = error.args
-            found = found[0] if found else repr(value)
-            message = (
-                f"{self.name} (or {self.setting}) must be {wanted}: found {found}."
-            )
-        del value  # an error report shows this frame
-        raise ImproperlyConfigured(message)
-
     def is_computed(self, storage):
-        """Whether a property of a subclass computes the value, without asking it."""
+        """Whether a property of a subclass computes the value. Does not run it."""
         attribute = inspect.getattr_static(type(storage), self.name)
         return attribute is not self and hasattr(attribute, "__get__")
 
@@ -209,8 +196,8 @@ def _root_path(value):
     path = "/" + str(value or "").replace("\\", "/").strip("/")
     if not str(value).startswith("/"):
         raise ValueError(f"a path that begins with '/', such as {path!r}")
-    if "\0" in path or ".." in path.split("/"):
-        raise ValueError("a path without '..' and NUL")
+    if re.search(NO_TEXT, path) or ".." in path.split("/"):
+        raise ValueError("a path without '..', NUL and half characters")
     return unicodedata.normalize("NFC", posixpath.normpath(path))
 
 
@@ -248,11 +235,11 @@ class _Account:
         nearest = min(distances.values())
         self.oauth2_refresh_token = None
         self.oauth2_access_token = None
-        for name in TOKENS:
+        for name in TOKENS:  # the refresh token first
             if distances[name] == nearest and not self.oauth2_refresh_token:
-                setattr(self, name, OPTIONS[name].read(storage))
-        self.app_key = OPTIONS["app_key"].read(storage)
-        self.app_secret = OPTIONS["app_secret"].read(storage)
+                setattr(self, name, storage._option(name))
+        self.app_key = storage._option("app_key")
+        self.app_secret = storage._option("app_secret")
 
     @property
     def is_hidden(self):
@@ -282,22 +269,22 @@ def _find_account(storage):
     """Return the account that the storage uses.
 
     Apps pass deconstruct() to a task, which builds the storage again, without its
-    credentials. These are then those of the entry of STORAGES that is equal to it.
+    credentials. They are then taken from the entry of STORAGES that is equal to it.
     Raises ImproperlyConfigured if there is no account, or more than one.
     """
     account = _Account(storage)
     if account.is_hidden:
         arguments = storage.deconstruct()
         registered = _registered_storages(type(storage))
-        equal = [one for one in registered if one.deconstruct() == arguments]
-        accounts = {one.digest: one for one in map(_Account, equal)}
-        account = accounts.popitem()[1] if len(accounts) == 1 else account
-    if account.is_hidden:
-        raise ImproperlyConfigured(
-            f"This {type(storage).__name__} was built from a migration or in a task, "
-            "without credentials. One entry of STORAGES must have this class, the same "
-            "other options, and the credentials."
-        )
+        equal = [_Account(one) for one in registered if one.deconstruct() == arguments]
+        accounts = {one.digest: one for one in equal if not one.is_hidden}
+        if len(accounts) != 1:
+            raise ImproperlyConfigured(
+                f"This {type(storage).__name__} was built from a migration or in a "
+                "task, without credentials. One entry of STORAGES must have this "
+                "class, the same other options, and the credentials."
+            )
+        account = accounts.popitem()[1]
     account.check()
     return account
 
@@ -332,7 +319,7 @@ def _hide_credentials(arguments, credentials):
 # -- The storage -----------------------------------------------------------------------
 
 # Bytes. A new file of up to this size is sent without asking first whether its name is
-# taken: to send it twice takes less time than to ask.
+# taken. If it is, the file is sent again: that is rare, and hardly slower than to ask.
 SMALL_FILE = 256 * 1024
 
 # Characters of a name, and the names that Dropbox refuses in upper and lower case.
@@ -402,23 +389,23 @@ class DropboxStorage(django_storage.Storage):
     def __init__(self, oauth2_access_token=NOT_GIVEN, **options):
         if oauth2_access_token is not NOT_GIVEN:
             options["oauth2_access_token"] = oauth2_access_token
-        unknown = ", ".join(sorted(options.keys() - OPTIONS.keys()))
-        known = {*options, *dir(type(self))}
-        hooks = [hook for hook in FOREIGN_HOOKS if hook in known]
+        unknown = sorted(options.keys() - OPTIONS.keys())
         vars(self).update(options)
         self._arguments = _hide_credentials(self._arguments, vars(self))
         del oauth2_access_token, options  # an error report shows this frame
-        if hooks:
-            raise ImproperlyConfigured(
-                f"{hooks[0]} of {type(self).__name__} belongs to django-storages and "
-                f"would be ignored: {FOREIGN_HOOKS[hooks[0]]}."
-            )
+        for hook, advice in FOREIGN_HOOKS.items():
+            if hook in unknown or hasattr(type(self), hook):
+                raise ImproperlyConfigured(
+                    f"{hook} of {type(self).__name__} belongs to django-storages and "
+                    f"would be ignored: {advice}."
+                )
         if unknown:
             known = ", ".join(sorted(OPTIONS))
+            unknown = ", ".join(unknown)
             raise ImproperlyConfigured(f"Unknown option {unknown}; there are {known}.")
-        for option in OPTIONS.values():
+        for name, option in OPTIONS.items():
             if not option.is_computed(self):
-                option.read(self)
+                self._option(name)
 
     @property
     def _constructor_args(self):
@@ -438,7 +425,22 @@ class DropboxStorage(django_storage.Storage):
         self._arguments = arguments
 
     def _option(self, name):
-        return OPTIONS[name].read(self)
+        """Return the value of the option as it is now, in the form that is used.
+
+        Raises ImproperlyConfigured for a wrong value.
+        """
+        option = OPTIONS[name]
+        value = getattr(self, name)
+        try:
+            return option.clean(value, *option.clean_args)
+        except ValueError as error:
+            # The value of a text, which may be secret, is described and not shown.
+            wanted, *found = error.args
+            found = found[0] if found else repr(value)
+        del value  # an error report shows this frame
+        raise ImproperlyConfigured(
+            f"{name} (or {option.setting}) must be {wanted}: found {found}."
+        )
 
     @property
     def client(self):
@@ -511,6 +513,7 @@ class DropboxStorage(django_storage.Storage):
                 except (FileExistsError, IsADirectoryError):
                     if mode != "add" or name in refused:
                         raise  # the same would be refused for ever
+                # The name is taken: try another one.
                 refused.add(name)
                 name = self._clean_name(choose_name(wanted))
                 upload.path = self._path(name)
@@ -522,13 +525,14 @@ class DropboxStorage(django_storage.Storage):
 
     def _commit(self, upload):
         """Let the upload become the file, and drop the link to the one before."""
+        link = self._cached_link(upload.api, upload.path)  # fails first, if it does
         has_replaced = upload.mode != "add"  # perhaps, even if it fails
         try:
             upload.commit()
             has_replaced = True
         finally:
             if has_replaced:
-                self._cached_link(upload.api, upload.path).forget()
+                link.forget()
 
     def generate_filename(self, filename):
         """Also changes in each folder of the name what Dropbox refuses."""
@@ -560,11 +564,12 @@ class DropboxStorage(django_storage.Storage):
             raise ValueError("The name must be given to delete().")
         path = self._path(name)
         api = self._api
+        link = self._cached_link(api, path)
         try:
             with contextlib.suppress(FileNotFoundError):
                 api.call("files/delete_v2", path)
         finally:
-            self._cached_link(api, path).forget()
+            link.forget()
 
     def exists(self, name):
         try:
@@ -576,8 +581,8 @@ class DropboxStorage(django_storage.Storage):
 
     def listdir(self, path):
         entries = self._list_folder(self._full_path(path).rstrip("/"))
-        folders = [entry.name for entry in entries if not hasattr(entry, "rev")]
-        files = [entry.name for entry in entries if hasattr(entry, "rev")]
+        folders = [entry.name for entry in entries if not _is_file(entry)]
+        files = [entry.name for entry in entries if _is_file(entry)]
         return folders, files
 
     def size(self, name):
@@ -604,10 +609,11 @@ class DropboxStorage(django_storage.Storage):
             return f"about:invalid#{filepath_to_uri(_spell(name))}"
 
     def get_modified_time(self, name):
-        modified = self._file_metadata(name).server_modified
-        seconds = modified.replace(tzinfo=timezone.utc).timestamp()
-        zone = timezone.utc if settings.USE_TZ else None
-        return datetime.fromtimestamp(seconds, zone)
+        modified = self._file_metadata(name).server_modified  # naive, in UTC
+        modified = modified.replace(tzinfo=timezone.utc)
+        if settings.USE_TZ:
+            return modified
+        return modified.astimezone().replace(tzinfo=None)
 
     # -- Names and metadata --
 
@@ -621,7 +627,7 @@ class DropboxStorage(django_storage.Storage):
 
     def _clean_name(self, name):
         """Return the name relative to root_path, in NFC and with slashes; "" for it."""
-        if re.search("[\0\ud800-\udfff]", os.fspath(name)):
+        if re.search(NO_TEXT, os.fspath(name)):
             raise SuspiciousFileOperation(f"{name!r} holds NUL or half a character.")
         if os.fspath(name).strip("/") == "":
             return ""
@@ -655,7 +661,7 @@ class DropboxStorage(django_storage.Storage):
     def _file_metadata(self, name):
         path = self._path(name)
         metadata = self._api.call("files/get_metadata", path)
-        if hasattr(metadata, "rev"):  # folders have none
+        if _is_file(metadata):
             return metadata
         raise _os_error(errno.EISDIR, "not a file", path)
 
@@ -676,7 +682,7 @@ class DropboxStorage(django_storage.Storage):
                 entries += page.entries
         except FileNotFoundError:
             if not self._is_root(folder):
-                raise  # the root is there with the first file that is saved
+                raise  # only the root may be missing: the first save makes it
         except DropboxStorageException as error:
             if may_restart and _has_tags(error.reason, "reset"):  # the cursor
                 return self._list_folder(folder, may_restart=False)
@@ -715,12 +721,12 @@ class _NewFile(django_storage.Storage):
     def __init__(self, storage, max_length, asks_first):
         self._storage = storage
         self._max_length = max_length
-        self._asks = asks_first
+        self._asks_next = asks_first
         self._given = set()
 
     def exists(self, name):
-        asks = self._asks
-        self._asks = True
+        asks = self._asks_next
+        self._asks_next = True
         return name in self._given or (asks and self._storage.exists(name))
 
     def get_alternative_name(self, file_root, file_ext):
@@ -735,6 +741,10 @@ class _NewFile(django_storage.Storage):
         return self._storage._store(name, content, self.get_available_name)
 
 
+def _is_file(metadata):
+    return hasattr(metadata, "rev")  # folders have none
+
+
 def _is_small(content):
     """Whether the content says that it is small. It need not be true."""
     try:
@@ -746,6 +756,7 @@ def _is_small(content):
 def _spell(name):
     """Return the name in NFC, with slashes, and without empty parts and '.'."""
     name = unicodedata.normalize("NFC", os.fspath(name).replace("\\", "/"))
+    # normpath() keeps two slashes at the beginning.
     clean = posixpath.normpath(name).replace("//", "/") if name else ""
     is_folder = name.endswith("/") and not clean.endswith("/")
     return f"{clean}/" if is_folder else clean
@@ -770,7 +781,7 @@ class _CachedLink:
 
     A request for a link is marked in the cache. Saving and deleting remove the mark.
     Therefore a link to the old file, which arrives after that, is not kept. If the
-    cache is down, that is logged once, and there is no cache.
+    cache is down, that is logged, and this operation goes on without a cache.
     """
 
     def __init__(self, api, path, cache, timeout):
@@ -779,10 +790,12 @@ class _CachedLink:
         self._cache = cache  # None if there is none, or if it is down
         self._timeout = timeout
         client = api.client
-        # It folds ASCII letters alone: Dropbox's folding of other letters is unknown.
+        # lower() of bytes changes ASCII letters alone: how Dropbox compares others is
+        # not documented.
         digest = hashlib.sha256(repr((client._headers, path.encode().lower())).encode())
-        name = "refresh" if client._oauth2_refresh_token else "access"
-        digest.update(str(getattr(client, f"_oauth2_{name}_token")).encode())
+        digest.update(
+            str(client._oauth2_refresh_token or client._oauth2_access_token).encode()
+        )
         self._key = f"dropbox_storage:{digest.hexdigest()}"
         self._mark_key = f"{self._key}:request"
 
@@ -862,7 +875,7 @@ class DropboxFile(File):
     def _open_stream(self, mode):
         """Open the file in Dropbox. Nothing is set before that has succeeded."""
         letters = _check_mode(mode)
-        if letters in ("r", "br", "rt"):
+        if "r" in letters and "+" not in letters:
             download = self._storage._start_download(self._storage._path(self.name))
             file = io.BufferedReader(download, READ_SIZE)
             self.file = file if "b" in letters else io.TextIOWrapper(file, "utf-8")
@@ -870,6 +883,7 @@ class DropboxFile(File):
         else:
             draft = _Draft(self._storage, self.name, mode)
             self.file = draft.handle
+            self._size = draft.size
             self._draft = draft
         self.mode = mode
         self._is_collecting = False
@@ -909,7 +923,7 @@ class DropboxFile(File):
         """Close the file without uploading what was written."""
         self._end(False)
 
-    def __exit__(self, exc_type, exc_value, traceback):
+    def __exit__(self, exc_type, exc_value, exc_traceback):
         if exc_type is None:
             self.close()
         else:
@@ -931,9 +945,11 @@ class DropboxFile(File):
             self.file.close()
             return
         with contextlib.closing(draft):
-            # What cannot be flushed is not needed, unless it is to be saved.
-            with contextlib.suppress(*(() if saves else (OSError,))):
+            try:
                 self.file.close()
+            except OSError:
+                if saves:  # else what cannot be flushed is not needed
+                    raise
             self._size = draft.size
             if saves and draft.is_changed():
                 draft.upload.send(draft.chunks())
@@ -943,9 +959,10 @@ class DropboxFile(File):
 
 
 def _check_mode(mode):
-    """Return the letters of the mode in alphabetical order, or raise ValueError."""
-    letters = "".join(sorted(mode))
-    if re.fullmatch(r"\+?(a[bt]?|b?[rwx]|rt|t[wx])", letters):
+    """Return the letters of the mode, or raise ValueError."""
+    letters = set(mode)
+    is_known = letters <= set("rwaxbt+") and len(letters) == len(mode)
+    if is_known and len(letters & set("rwax")) == 1 and not letters >= set("bt"):
         return letters
     raise ValueError(f"{mode!r} is not a mode of open(), such as 'rb'.")
 
@@ -990,11 +1007,12 @@ class _Draft:
     def _fill(self, download):
         """Copy what is downloaded to the temporary file; return its revision."""
         with io.BufferedReader(download, READ_SIZE) as source:
-            with open(self._temporary.fileno(), "wb", closefd=False) as target:
-                target.writelines(iter(functools.partial(source.read, READ_SIZE), b""))
+            with open(self._temporary.fileno(), "wb", closefd=False) as copied:
+                # A loop would hold content in a local variable.
+                copied.writelines(iter(functools.partial(source.read, READ_SIZE), b""))
             self._original = download.content
         self._temporary.seek(0)
-        return download.revision
+        return download.metadata.rev
 
     def _open_handle(self, mode):
         descriptor = os.dup(self._temporary.fileno())
@@ -1015,6 +1033,7 @@ class _Draft:
         if self._original is None or self._original.size != self.size:
             return True
         content = _ContentHash()
+        # A loop would hold content in a local variable.
         collections.deque(map(content.update, self.chunks()), maxlen=0)
         return content.hexdigest() != self._original.hexdigest()
 
@@ -1052,13 +1071,13 @@ class _Upload:
         self.api = api
         self.path = path
         self.mode = mode
-        self._target = {"mode": files.WriteMode.add, "strict_conflict": True}
+        self._commit_options = {"mode": files.WriteMode.add, "strict_conflict": True}
         if mode == "overwrite":
-            self._target = {"mode": files.WriteMode.overwrite}
+            self._commit_options = {"mode": files.WriteMode.overwrite}
         elif revision:
-            self._target["mode"] = files.WriteMode.update(revision)
+            self._commit_options["mode"] = files.WriteMode.update(revision)
         # Whole hash blocks, and two chunks fit into a request.
-        blocks = max(1, -(-chunk_size // HASH_BLOCK))
+        blocks = max(1, -(-chunk_size // HASH_BLOCK))  # rounded up
         self._chunk_size = min(blocks, MAX_REQUEST // 2 // HASH_BLOCK) * HASH_BLOCK
         self._connections = connections
         self._content = _ContentHash()  # of the chunks that Dropbox has
@@ -1077,7 +1096,8 @@ class _Upload:
         """Take the content, an iterable of bytes or text. Send it if it is long."""
         for chunk in _cut(content, self._chunk_size):
             self._chunks.append(chunk)
-            # The last chunk closes the session, which may be impossible without data.
+            # Two fit into the request that commits. In a session, the last is kept
+            # back: it closes the session, which may be impossible without data.
             while len(self._chunks) > (2 if self._session is None else 1):
                 self._append_in_background(self._chunks.pop(0))
         if self._session is not None:
@@ -1090,7 +1110,7 @@ class _Upload:
         called again, after self.path has been changed.
         """
         now = datetime.now(timezone.utc).replace(tzinfo=None, microsecond=0)
-        self._target["client_modified"] = now
+        self._commit_options["client_modified"] = now
         try:
             metadata = self._send_commit()
         except (OSError, DropboxStorageException) as error:
@@ -1121,23 +1141,23 @@ class _Upload:
             api.max_wait = 0
         with contextlib.suppress(*NO_FILE, DropboxStorageException):
             found = api.call("files/get_metadata", self.path)
-            if hasattr(found, "rev") and self._content.matches(found):
-                now = self._target["client_modified"]
+            if _is_file(found) and self._content.matches(found):
+                now = self._commit_options["client_modified"]
                 return self.mode != "add" or found.client_modified == now
         return False
 
     def _send_commit(self):
         if self._session is not None:
             cursor = self._files.UploadSessionCursor(self._session, self._content.size)
-            target = self._files.CommitInfo(self.path, **self._target)
+            commit = self._files.CommitInfo(self.path, **self._commit_options)
             route = "files/upload_session/finish"
-            return self.api.call(route, self.path, io.BytesIO(), cursor, target)
+            return self.api.call(route, self.path, io.BytesIO(), cursor, commit)
         while len(self._chunks) > 1:
             self._chunks[0].write(self._chunks.pop(1).getbuffer())
         (chunk,) = self._chunks
         self._content = _ContentHash(chunk.getbuffer())
-        target = {**self._target, "content_hash": self._content.hexdigest()}
-        return self.api.call("files/upload", self.path, chunk, self.path, **target)
+        options = {**self._commit_options, "content_hash": self._content.hexdigest()}
+        return self.api.call("files/upload", self.path, chunk, self.path, **options)
 
     def _append_in_background(self, chunk):
         """Send the chunk with the session; wait if enough others are being sent."""
@@ -1151,7 +1171,7 @@ class _Upload:
             self._content.append(self._sending.popleft().result())
         call = _BackgroundCall(self._append, self._offset, chunk, False)
         self._sending.append(call)
-        self._offset += chunk.tell()
+        self._offset += chunk.tell()  # its length: the position is at its end
 
     def _close_session(self):
         """Send the last chunk when all others are there."""
@@ -1185,10 +1205,7 @@ def _cut(content, size):
         while view:
             if chunk.tell() == size:
                 yield chunk
-                chunk = io.BytesIO()
-                chunk.seek(size - 1)  # allocates it whole: growing would copy it
-                chunk.write(b"\0")
-                chunk.seek(0)
+                chunk = io.BytesIO(bytes(size))  # whole at once: growing would copy it
             count = chunk.write(view[: size - chunk.tell()])
             view = view[count:]
     chunk.truncate()
@@ -1241,10 +1258,9 @@ class _Download(io.RawIOBase):
         if not metadata.size:
             response.drain_conn()  # only a response that is read keeps its connection
         self.size = metadata.size
-        self.revision = metadata.rev
         self.content = _ContentHash()  # of what has been read in order
         self._api = api
-        self._metadata = metadata
+        self.metadata = metadata
         self._path = path
         self._process = os.getpid()
         self._position = 0
@@ -1260,15 +1276,14 @@ class _Download(io.RawIOBase):
     def seek(self, offset, whence=io.SEEK_SET):
         self._check(is_relative=whence == io.SEEK_CUR)
         starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}
-        position = starts.get(whence, -1) + offset
-        if position < 0 or whence not in starts:
+        if whence not in starts or starts[whence] + offset < 0:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        self._position = position
+        self._position = starts[whence] + offset
         self._has_failed = False
-        return position
+        return self._position
 
     def readinto(self, buffer):
-        buffer = memoryview(buffer)  # a report would show what the memory held before
+        buffer = memoryview(buffer)  # of which a report shows no content
         view = self._read(len(buffer))
         buffer[: len(view)] = view
         return len(view)
@@ -1297,25 +1312,24 @@ class _Download(io.RawIOBase):
 
     def _check(self, is_relative=True):
         """Raise an error if the file is closed, or if the position is not known."""
-        message = None
         if self.closed:
             raise ValueError("I/O operation on closed file.")
         if self._process != os.getpid():
             message = f"{self._path!r} was opened in another process; open it again."
-        elif self._has_failed and is_relative:  # the buffer above has lost its content
+            raise DropboxStorageException(message)
+        if self._has_failed and is_relative:  # the buffer above has lost its content
             message = f"Reading {self._path!r} has failed; seek() to where to continue."
-        if message:
             raise DropboxStorageException(message)
 
     def _check_content(self, view):
         """Hash what is read in order from the beginning, and check the whole file."""
         if self._position == 0:
             self.content = _ContentHash()
-        known = self.content.size - self._position
-        if not 0 <= known < len(view):
+        hashed = self.content.size - self._position  # bytes of this view
+        if not 0 <= hashed < len(view):
             return
-        self.content.update(view[known:])
-        if self.content.size == self.size and not self.content.matches(self._metadata):
+        self.content.update(view[hashed:])
+        if self.content.size == self.size and not self.content.matches(self.metadata):
             raise DropboxStorageException(
                 f"files/download of {self._path!r} failed: Dropbox has other bytes.",
                 "content_hash_mismatch",
@@ -1355,7 +1369,7 @@ class _Blocks:
         self._offsets = {}  # of the blocks in it, by number
         self._most_ahead = min(connections, KEPT_BLOCKS)
         self._number = 0  # of the block that was read last
-        self._in_order = BLOCKS_IN_ORDER  # blocks read in order, as if after so many
+        self._in_order = BLOCKS_IN_ORDER  # blocks read in order: as if after so many
         # Of an anonymous map, only what is used takes memory.
         data = memoryview(mmap.mmap(-1, self._block_size))[:size]
         self._memory[0] = _Block(api, path, metadata.rev, 0, data, response)
@@ -1368,15 +1382,17 @@ class _Blocks:
         elif number != self._number:
             self._in_order = 0
         self._number = number
+        # 1, 2, 4, then 8 blocks; the first block stands alone.
         ahead = min(2 ** min(self._in_order, BLOCKS_IN_ORDER), self._most_ahead)
         end = number + (ahead if number else 1)
-        for one in range(number, min(end, -(-self._metadata.size // self._block_size))):
+        count_of_blocks = -(-self._metadata.size // self._block_size)  # rounded up
+        for one in range(number, min(end, count_of_blocks)):
             # Each use puts these blocks behind the others, which are dropped first.
             block = self._memory.pop(one, None) or self._make_block(one)
             block.prefetch()
             self._memory[one] = block
         while len(self._memory) > KEPT_BLOCKS + 1:
-            self._drop(next(filter(None, self._memory)))  # never the first block
+            self._drop(next(one for one in self._memory if one))  # never the first
         return self._memory[number].read(offset, count)
 
     def _make_block(self, number):
@@ -1568,7 +1584,8 @@ class _BackgroundCall:
     An executor would keep the interpreter from exiting. A Thread, as it starts, and a
     Future take locks in Python code: an exception of a signal handler, which runs in
     the main thread, leaves them locked. Here, another thread starts the Thread, and
-    each thread that waits has a lock of its own.
+    each thread that waits has a lock of its own. It is a Thread because logging asks
+    for one: for a raw thread, Python would list another one that never ends.
     """
 
     def __init__(self, function, *args):
@@ -1576,9 +1593,9 @@ class _BackgroundCall:
         self._result = None
         self._error = None
         self._locks = []  # of the threads that wait
-        thread = threading.Thread(target=self._run, args=(function, args))
-        thread.daemon = True
-        thread.name = "dropbox_storage"
+        thread = threading.Thread(
+            target=self._run, args=(function, args), name="dropbox_storage", daemon=True
+        )
         try:
             _thread.start_new_thread(_start, (thread,))
         except RuntimeError:
@@ -1658,7 +1675,7 @@ class _Api:
             method = getattr(self.make_client(), route.replace("/", "_"))
             if args and isinstance(args[0], io.BytesIO):
                 return method(args[0].getvalue(), *args[1:], **kwargs)
-            return method(*(args or (path,)))
+            return method(*(args or (path,)), **kwargs)
 
         return self.repeat(route, path, attempt)
 
@@ -1676,14 +1693,14 @@ class _Api:
                 return result
             began = began or time.monotonic()
             waited = time.monotonic() - began
+            reason = _redact(failure.reason, self.owner)
+            record = {"route": route, "path": path, "status": failure.status}
+            record.update(seconds=waited, attempt=number)
+
             backoff = min(MAX_PAUSE, self._first_wait * 2 ** min(number - 1, 99))
             pause = failure.retry_after or backoff * random.uniform(0.5, 1)
             had_new_token = any(one.is_token_refused for one in failures)
             failures.append(failure)
-            reason = _redact(failure.reason, self.owner)
-            status = failure.refusal[1] if failure.refusal else None
-            record = {"route": route, "path": path, "status": status}
-            record.update(seconds=waited, attempt=number)
             if failure.is_token_refused and not had_new_token:
                 pause = 0  # the next attempt begins with a new token
             elif not failure.is_transient or waited + pause >= self.max_wait:
@@ -1711,14 +1728,15 @@ class _Api:
                 raise
             return None, failure
 
-    def make_client(self, headers=()):
+    def make_client(self, headers=None):
         """Return a copy of the client for one request, with a live access token."""
         if self.is_cancelled:
+            # Only threads in the background get here.
             raise DropboxStorageException("The file was closed meanwhile.")
         _ensure_token(self)
         client = self.copy_client()
         client._oauth2_refresh_token = None  # so that only _refresh() refreshes
-        client._headers = {**(client._headers or {}), **dict(headers)}
+        client._headers = {**(client._headers or {}), **(headers or {})}
         return client
 
     def copy_client(self):
@@ -1764,7 +1782,10 @@ def _find_time_limits(timeout):
     """
     if isinstance(timeout, tuple):
         return timeout
-    return CONNECT_LIMIT if timeout is None else min(CONNECT_LIMIT, timeout), timeout
+    connect = CONNECT_LIMIT
+    if timeout is not None:
+        connect = min(CONNECT_LIMIT, timeout)
+    return connect, timeout
 
 
 def _read_refusal(response):
@@ -1795,9 +1816,10 @@ POOL_SIZE = 96
 # SDK clients that are kept, as with one account a tenant: about 2 KiB each.
 KEPT_CLIENTS = 1000
 
-# Seconds before the end of an access token in which it is refreshed, as the SDK does,
-# and after a failure to do so until the next time, unless Dropbox asks for more.
+# Seconds before the end of an access token in which it is refreshed, as in the SDK.
 REFRESH_EARLY = 300
+
+# Seconds from a failure of that to the next refresh, unless Dropbox asks for more.
 REFRESH_PAUSE = 30
 
 _clients = collections.OrderedDict()  # by process and account, the oldest first
@@ -1849,8 +1871,8 @@ def _ensure_token(api):
         raise _RequestError(*failure)
 
 
-def _refresh(api, token, known):
-    """Let the SDK refresh the token, unless it was refreshed since `known` times.
+def _refresh(api, token, ended):
+    """Let the SDK refresh the token, unless more refreshes than `ended` have ended.
 
     Returns None, or the _Failure for all who wait: threads must not share an exception,
     whose traceback grows in each.
@@ -1866,7 +1888,7 @@ def _refresh(api, token, known):
         _keep_token(client, api.owner)
 
     with token.lock:
-        if token.refreshes == known:
+        if token.refreshes == ended:
             token.failure = api.try_once(attempt)[1]
             token.refreshes += 1
             if token.failure:
@@ -1939,6 +1961,8 @@ def _client_class():
         owner = None
 
         def refresh_access_token(self, *args, **kwargs):
+            # A user has called it, or the SDK for a user. The copy in _refresh() has
+            # another session, and _find_owner() returns the copy itself.
             super().refresh_access_token(*args, **kwargs)
             _keep_token(self, _find_owner(self))
 
@@ -1950,6 +1974,8 @@ def _find_session(process):
     """Return the session of a process, whose connections belong to no account.
 
     It looks up proxies and certificates once: requests would do so for each request.
+
+    process: its number, so that a forked process gets a session of its own.
     """
     from http.cookiejar import DefaultCookiePolicy
 
@@ -2039,11 +2065,12 @@ ADVICE = {
 }
 ADVICE_WORDS = re.compile(rf"(?<!\w)({'|'.join(ADVICE)})(?!\w)")
 
-# The names of errors of the network that are about an address or a header, and what is
-# in the name and the text of those that no repetition mends.
+# Found in the names of errors of the network that are about an address or a header.
 ABOUT_SETTINGS = (
     r"^(Invalid(URL|ProxyURL|Schema|Header)|MissingSchema|\w*(Location|Scheme))"
 )
+
+# Found in the name and text of the errors that each attempt would end with.
 LASTING = (
     "^(OSError|UnicodeEncodeError|ApiError|BadInputException|ValidationError) |"
     "bad address|bad header|CERTIFICATE_VERIFY_FAILED|Tunnel connection failed: 4"
@@ -2066,6 +2093,10 @@ class _Failure(NamedTuple):
     retry_after: float = 0  # seconds that Dropbox asks to wait
     refusal: tuple = ()  # the arguments of the SDK's HttpError, if Dropbox has answered
 
+    @property
+    def status(self):
+        return self.refusal[1] if self.refusal else None
+
 
 class _RequestError(Exception):
     """A request has failed without an error of the SDK. Takes fields of _Failure."""
@@ -2080,7 +2111,9 @@ def _clear_frames(error, handled=None):
 
     handled: an error that was there before; it and its causes stay as they are.
     """
-    while error is not None and error is not handled:
+    seen = [None, handled]
+    while not any(error is one for one in seen):  # causes may form a cycle
+        seen.append(error)
         traceback.clear_frames(error.__traceback__)
         cause = error.__cause__
         error = error.__context__ if cause is None else cause
@@ -2115,7 +2148,7 @@ def _find_innermost_package(error):
     """Return the package that has raised the error, "" for what stops a program."""
     if isinstance(error, MemoryError) or not isinstance(error, Exception):
         return ""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
     return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
@@ -2143,7 +2176,7 @@ def _explain_refusal(error, client):
     is_gone = status >= 500 or status == 408
     is_busy = status == 429 or _has_tags(reason, *TRANSIENT)
     can_renew = bool(client._oauth2_refresh_token)
-    asked = getattr(error, "retry_after", None), answer.get("error/retry_after")
+    asked = [getattr(error, "retry_after", None), answer.get("error/retry_after")]
     return _Failure(
         reason=reason or f"HTTP {status}",
         text=_redact(" ".join(texts), client) if reason else body,
@@ -2221,10 +2254,12 @@ def _make_storage_error(failure, reason, record, max_wait):
     """Return a DropboxStorageException, which is logged if somebody must know it."""
     tries = ""
     if failure.is_transient:
-        asked = f"; Dropbox asks to wait {failure.retry_after:g} s, max_wait is"
-        asked = f"{asked} {max_wait:g} s" if failure.retry_after else ""
-        attempts = f"{record['attempt']} attempt{'s' * (record['attempt'] > 1)}"
-        tries = f" ({attempts}, {record['seconds']:.0f} s{asked})"
+        tries = f"{record['attempt']} attempt{'s' * (record['attempt'] > 1)}"
+        tries = f"{tries}, {record['seconds']:.0f} s"
+        if failure.retry_after:
+            asked = f"Dropbox asks to wait {failure.retry_after:g} s"
+            tries = f"{tries}; {asked}, max_wait is {max_wait:g} s"
+        tries = f" ({tries})"
     text = _printable(failure.text)
     told = f"{reason} {text}".strip()[:500]
     found = ADVICE_WORDS.search(f"{failure.reason} {text}")
@@ -2281,9 +2316,9 @@ def serve(request, path, storage="default"):
         if error.retry_after:
             response["Retry-After"] = f"{math.ceil(error.retry_after)}"
         return response
-    # The link may have been in the cache for so long.
-    age = storage._option("url_cache_timeout") or 0
-    seconds = int(min(age, LINK_LIFE - LINK_RESERVE - age))
+    # A link from the cache may be that old already.
+    oldest = storage._option("url_cache_timeout") or 0
+    seconds = int(min(oldest, LINK_LIFE - LINK_RESERVE - oldest))
     cache_control = f"private, max-age={seconds}"
     return http.HttpResponseRedirect(link, headers={"Cache-Control": cache_control})
 
@@ -2339,6 +2374,7 @@ def authorize(app_key):
     app on a page of Dropbox, and types the code that this page shows. If that fails,
     this ends with SystemExit and one line that says what to do.
     """
+    # This is for a terminal: no debug page shows these variables, which hold the token.
     from dropbox import DropboxOAuth2FlowNoRedirect
 
     # Without a storage, as there may be no settings yet.

@@ -1474,12 +1474,14 @@ class OptionTests(StorageTestCase):
     text = "printable ASCII without spaces, quotes and backslashes"
     blank = "a line break or a blank at its end"
     other = "another character, which is not shown"
+    path = "a path without '..', NUL and half characters"
     wrong = [  # option, value, what it must be, what is said of the value, if not its repr
         ("root_path", "media", "a path that begins with '/', such as '/media'"),
         ("root_path", "", "a path that begins with '/', such as '/'"),
-        ("root_path", "/a/../b", "a path without '..' and NUL"),
-        ("root_path", "/..", "a path without '..' and NUL"),
-        ("root_path", "/a\0b", "a path without '..' and NUL"),
+        ("root_path", "/a/../b", path),
+        ("root_path", "/..", path),
+        ("root_path", "/a\0b", path),
+        ("root_path", "/a\ud800", path),
         ("write_mode", "append", "one of 'add', 'overwrite', 'update'"),
         ("timeout", 0, f"{seconds} 0.001 to 86400"),
         ("timeout", "9", f"{seconds} 0.001 to 86400"),
@@ -1585,7 +1587,7 @@ class OptionTests(StorageTestCase):
                     self.subTest(name),
                     self.assertRaisesRegex(error, name if one is wrong else ""),
                 ):
-                    module.OPTIONS[name].read(one)
+                    one._option(name)
 
     def test_each_way_to_configure_leads_to_the_folder(self):
         token = {"oauth2_access_token": "valid-token"}
@@ -2735,7 +2737,9 @@ class LinkTests(StorageTestCase):
         backend = "django.core.cache.backends.locmem.LocMemCache"
         own = {"BACKEND": backend, "LOCATION": "links"}
         down = {"BACKEND": f"{__name__}.BrokenCache"}
+        missing = {"BACKEND": "nowhere.Cache"}
         kept = {"default": {"BACKEND": backend}, "links": own, "down": down}
+        kept["missing"] = missing
         with override_settings(CACHES=kept):
             caches["default"].clear()
             storage = self.account.storage(url_cache="links")
@@ -2750,6 +2754,12 @@ class LinkTests(StorageTestCase):
             self.assertEqual(logs.output, [line])
             self.save("b.txt", b"x", storage)
             storage.delete("b.txt")
+            storage = self.account.storage(url_cache="missing")
+            with self.assertRaises(ImproperlyConfigured):
+                self.save("c", b"", storage)
+            with self.assertRaises(ImproperlyConfigured):
+                storage.delete("a b.txt")
+            self.holds({"a b.txt": b"12345"})
 
     def test_a_link_that_is_made_while_the_file_is_replaced_is_not_kept(self):
         overwrite = self.account.storage(write_mode="overwrite")
@@ -3319,6 +3329,16 @@ class LeavingFileTests(StorageTestCase):
             return file.open(mode)
 
         yield open_again
+
+    def test_a_file_that_could_not_be_flushed_has_the_size_that_was_known(self):
+        file = self.storage.open("a", "w")
+        with unittest.mock.patch.object(file, "file") as full:
+            full.close.side_effect = OSError(errno.ENOSPC, "full")
+            with self.assertRaises(OSError):
+                file.close()
+        self.assertEqual(file.size, 0)
+        self.holds({})
+        file.file.close()
 
     def test_each_way_to_leave_a_file_in_each_mode(self):
         modes = ("wb", "w", "xb", "r+b", "r+", "ab", "a", "w+b", "w+")

@@ -1152,6 +1152,9 @@ class FailureTests(StorageTestCase):
         faults = [(raised_by(next(packages), error), error) for error in errors]
         for error in (MemoryError(), derived[0]):
             faults.append((raised_by("dropbox.files", error), error))
+        (_, first), (_, second), *_ = faults
+        first.__cause__ = second  # a cycle, which two `raise ... from` can make
+        second.__cause__ = first
         for fault, error in faults:
             with self.subTest(repr(error)), self.failing("*", fault):
                 with self.assertRaises(type(error)) as caught:
