@@ -2388,6 +2388,7 @@ def authorize(app_key):
     try:
         code = input("Type the code that the page shows: ").strip()
     except (EOFError, KeyboardInterrupt):
+        print()
         code = ""
     if not code:
         raise SystemExit("No code was typed. Run this again and copy it from the page.")
