@@ -128,14 +128,10 @@ BODY_FAULTS = ("truncate", "short", "corrupt")
 
 # fmt: on
 SESSION = "files/upload_session"
-ROUTES = {"*", "oauth2/token", "files/upload", "files/download", "files/get_metadata"}
-ROUTES |= {f"files/{name}" for name in ("delete_v2", "move_v2", "copy_v2")}
+FILES = "upload download get_metadata get_temporary_link delete_v2 move_v2 copy_v2"
+ROUTES = {"*", "oauth2/token", "files/list_folder", "files/list_folder/continue"}
+ROUTES |= {f"files/{name}" for name in FILES.split()}
 ROUTES |= {f"{SESSION}/{name}" for name in ("start", "append_v2", "finish")}
-ROUTES |= {
-    "files/list_folder",
-    "files/list_folder/continue",
-    "files/get_temporary_link",
-}
 
 
 @functools.lru_cache(maxsize=100)
@@ -297,9 +293,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         have. Waiting before a request is repeated takes no time.
         """
         module = import_module()
-        token = (
-            f"valid-token-{next(TOKENS)}"  # else, links of other accounts are cached
-        )
+        # Else, links of other accounts are cached.
+        token = f"valid-token-{next(TOKENS)}"
         self.tokens.add(token)
         patch = unittest.mock.patch.object
         with patch(module.DropboxStorage, "client", FakeDropbox(self, token)):
@@ -805,10 +800,8 @@ class FakeAccount(requests.adapters.HTTPAdapter):
         return {"metadata": entry.metadata()}
 
     def files_move_v2(self, argument, body, moves=True):
-        entry, target = (
-            self.find(argument["from_path"], "from_lookup"),
-            argument["to_path"],
-        )
+        entry = self.find(argument["from_path"], "from_lookup")
+        target = argument["to_path"]
         if self.malformed(target):
             raise conflict("to/malformed_path")
         if fold(target) in self.entries:
@@ -1003,10 +996,8 @@ def find_sizes(place):
     return {name: n for name, n in found.items() if type(n) is int and n >= 128 * 1024}
 
 
-TRUE_SIZES = {
-    place: find_sizes(place)
-    for place in (module, sys.modules[__name__], DropboxStorage)
-}
+PLACES = (module, sys.modules[__name__], DropboxStorage)
+TRUE_SIZES = {place: find_sizes(place) for place in PLACES}
 
 
 @contextlib.contextmanager
@@ -1016,8 +1007,8 @@ def sizes(unit):
     That changes each constant of 128 KiB and more.
     """
     with contextlib.ExitStack() as stack:
-        for place in (module, sys.modules[__name__], DropboxStorage):
-            for name, value in TRUE_SIZES[place].items():
+        for place, found in TRUE_SIZES.items():
+            for name, value in found.items():
                 small = max(value * unit // MiB, 128)
                 patch = unittest.mock.patch.object(place, name, small)
                 stack.enter_context(patch)
@@ -1072,16 +1063,10 @@ def tearDownModule():
     expect(not network.attempts, f"Something asked for {network.attempts}.")
 
 
-# The words of the tests
-
-
 # Numbers of processes that have no client yet.
 PROCESSES = itertools.count(1)
 GETPID = os.getpid
-
 START_NEW_THREAD = _thread.start_new_thread
-
-
 REFRESHING = {
     "oauth2_access_token": None,
     "oauth2_refresh_token": "valid-refresh-token",
@@ -1181,6 +1166,9 @@ class StorageTestCase(SimpleTestCase):
         with self.failing(route, kind, **options):
             with self.assertRaises(DropboxStorageException) as caught:
                 yield caught
+
+    def fails(self, words):
+        return self.assertRaisesRegex(DropboxStorageException, words)
 
     def raises(self, error, message):
         """Expect an error whose whole message is this."""
@@ -1549,45 +1537,29 @@ class OptionTests(StorageTestCase):
 
     def test_names_of_django_storages_and_unknown_ones_are_refused(self):
         """Ignored, they would put files into another folder."""
-        for name, advice in {
-            "location": "it is called root_path here; rename it",
-            "get_default_settings": "set the options as class attributes or arguments",
-            "_chunked_upload": "override _save()",
-        }.items():
-            start = "belongs to django-storages and would be ignored"
-            for value in (
-                "/media",
-                lambda self: "/media",
-                property(lambda self: 1 / 0),
-            ):
-                with self.raises(
-                    ImproperlyConfigured, f"{name} of Media {start}: {advice}."
-                ):
+        values = ("/media", lambda self: "/media", property(lambda self: 1 / 0))
+        for name, advice in module.FOREIGN_HOOKS.items():
+            ignored = "belongs to django-storages and would be ignored"
+            for value in values:
+                message = f"{name} of Media {ignored}: {advice}."
+                with self.raises(ImproperlyConfigured, message):
                     type("Media", (DropboxStorage,), {name: value})()
-        with self.assertRaisesRegex(
-            ImproperlyConfigured, "^location of DropboxStorage"
-        ):
-            DropboxStorage(location="/media")
-        for option in ("token", "preload_metadata", "shared_links"):
-            unknown = f"^Unknown option {option}; there are app_key, app_secret,"
-            with self.assertRaisesRegex(ImproperlyConfigured, unknown):
+        for option, message in (
+            ("location", "^location of DropboxStorage belongs to .* rename it.$"),
+            *((name, f"^Unknown option {name}; there are app_key, app_secret,")
+              for name in ("token", "preload_metadata", "shared_links")),
+        ):  # fmt: skip
+            with self.assertRaisesRegex(ImproperlyConfigured, message):
                 DropboxStorage(**{option: True})
+        self.assertEqual(len(module.FOREIGN_HOOKS), 3)
 
     def test_the_constructor_asks_no_property(self):
-        for name in self.settings:
-            ask = property(lambda self: self.fail_if_asked)
-            storage = type("Computed", (DropboxStorage,), {name: ask})()
-            wrong = type("Bad", (DropboxStorage,), {name: property(lambda self: [1])})()
-            for one, error in (
-                (storage, AttributeError),
-                (wrong, ImproperlyConfigured),
-            ):
-                one.client = FakeDropbox(self.account)
-                with (
-                    self.subTest(name),
-                    self.assertRaisesRegex(error, name if one is wrong else ""),
-                ):
-                    one._option(name)
+        asks = ((lambda self: self.missing, AttributeError),
+                (lambda self: [1], ImproperlyConfigured))  # fmt: skip
+        for name, (ask, error) in itertools.product(self.settings, asks):
+            storage = type("Computed", (DropboxStorage,), {name: property(ask)})()
+            with self.subTest(name), self.assertRaises(error):
+                storage._option(name)
 
     def test_each_way_to_configure_leads_to_the_folder(self):
         token = {"oauth2_access_token": "valid-token"}
@@ -1606,12 +1578,8 @@ class OptionTests(StorageTestCase):
                 with override_settings(**site):
                     self.save("a", b"x", make())
                 self.holds({"r/a": b"x"})
-        for spelling, root in (
-            ("/a/", "/a"),
-            ("//a//b/.", "/a/b"),
-            ("/", ""),
-            ("/e\u0301", "/\xe9"),
-        ):
+        roots = {"/a/": "/a", "//a//b/.": "/a/b", "/": "", "/e\u0301": "/\xe9"}
+        for spelling, root in roots.items():
             self.account.entries.clear()
             for make in (lambda **options: DropboxStorage(**options),
                          lambda **options: type("Media", (DropboxStorage,), options)()):  # fmt: skip
@@ -1623,27 +1591,20 @@ class OptionTests(StorageTestCase):
         self.account.put("/team/r/a", b"x")
         storage = self.account.storage(namespace_id="42", root_path="/r")
         self.assertEqual(self.read("a", storage), b"x")
-        with self.assertRaisesRegex(
-            DropboxStorageException, "no access to namespace_id"
-        ):
+        with self.fails("no access to namespace_id"):
             self.account.storage(namespace_id="7").exists("a")
         self.account.storage(team_member_id="dbmid:1").exists("a")
         member = "Dropbox-API-Select-User"
         self.assertEqual(self.account.last_headers[member], "dbmid:1")
         self.storage.exists("a")
         self.assertNotIn(member, self.account.last_headers)
-        for timeout, limits in (
-            (7, (7, 7)),
-            (100, (10, 100)),
-            (None, (10, None)),
-            (0.5, (0.5, 0.5)),
-        ):
+        for timeout, connect in ((7, 7), (100, 10), (None, 10), (0.5, 0.5)):
             self.account.timeouts.clear()
             storage = self.account.storage(timeout=timeout, **REFRESHING)
             self.save("big", LARGE, storage)
             self.read("big", storage)
             storage.listdir("")
-            self.assertEqual(self.account.timeouts, {limits})
+            self.assertEqual(self.account.timeouts, {(connect, timeout)})
         self.account.timeouts.clear()
         self.storage.client._timeout = (3, 4)  # of a client of one's own
         self.storage.exists("a")
@@ -1761,10 +1722,8 @@ class AccountTests(StorageTestCase):
             ({"app_secret": "s"}, f"{token} and {key}"),
         ):
             names = {module.OPTIONS[name].setting: options[name] for name in options}
-            for site, storage in (
-                ({}, DropboxStorage(**options)),
-                (names, DropboxStorage()),
-            ):
+            storages = (({}, DropboxStorage(**options)), (names, DropboxStorage()))
+            for site, storage in storages:
                 with self.subTest(options), override_settings(**site):
                     with self.raises(ImproperlyConfigured, f"{missing} {advice}"):
                         storage.exists("a")
@@ -1777,13 +1736,10 @@ class AccountTests(StorageTestCase):
         for options, owner in (
             ({"oauth2_access_token": "near-token"}, "near-token"),
             (refresh, "near-refresh"),
-            (
-                {**refresh, "app_key": "app-key", "app_secret": "app-secret"},
-                "near-refresh",
-            ),
+            ({**refresh, "app_key": "app-key", "app_secret": "app-secret"}, "near-refresh"),
             ({"app_secret": "app-secret"}, "site-refresh"),
             ({}, "site-refresh"),
-        ):
+        ):  # fmt: skip
             options = {**options, "timeout": 9}
             entries = {"media": {"BACKEND": backend, "OPTIONS": options}}
             entries["missing"] = {"BACKEND": "not_installed.Storage"}
@@ -1939,13 +1895,10 @@ class SavingTests(StorageTestCase):
             def commit(self, target, data):
                 return super().commit(target, data[:-1])
 
-        for size, mode in itertools.product(
-            (5, 3 * self.storage.CHUNK_SIZE), module.WRITE_MODES
-        ):
+        sizes = (5, 3 * self.storage.CHUNK_SIZE)
+        for size, mode in itertools.product(sizes, module.WRITE_MODES):
             storage = Careless().storage(write_mode=mode)
-            with self.assertRaisesRegex(
-                DropboxStorageException, "other bytes"
-            ) as caught:
+            with self.fails("other bytes") as caught:
                 storage.save("a", ContentFile(bytes(size)))
             self.assertEqual(caught.exception.reason, "content_hash_mismatch")
 
@@ -1956,10 +1909,7 @@ class SavingTests(StorageTestCase):
                 (ContentFile("tw\xf6"), b"tw\xc3\xb6"),
                 (ContentFile(b""), b""),
                 (Unsized(), b""),
-                (
-                    Unsized(b"", b"one", "tw\xf6", bytearray(b"three")),
-                    b"onetw\xc3\xb6three",
-                ),
+                (Unsized(b"", b"1", "tw\xf6", bytearray(b"3")), b"1tw\xc3\xb63"),
                 (File(io.BytesIO(b"raw")), b"raw"),
                 (io.BytesIO(b"plain"), b"plain"),
                 (File(local), b"local"),
@@ -2026,16 +1976,10 @@ class SavingTests(StorageTestCase):
                 for name, size in itertools.product(names, (1, UNIT)):
                     self.account.entries.clear()
                     for _ in range(4):
-                        saved = [
-                            plain(
-                                storage.save(
-                                    name, ContentFile(bytes(size)), max_length=30
-                                )
-                            )
-                            for storage in (local, remote)
-                        ]
+                        content = ContentFile(bytes(size))
+                        saved = [one.save(name, content, 30) for one in (local, remote)]
                         with self.subTest(name, size=size, mixins=mixins):
-                            self.assertEqual(*saved)
+                            self.assertEqual(*map(plain, saved))
                     shutil.rmtree(folder)
 
     def test_max_length_holds_in_every_mode_and_after_a_refusal(self):
@@ -2058,9 +2002,7 @@ class SavingTests(StorageTestCase):
             "exists": lambda self, name: False,
             "get_available_name": lambda self, name, max_length=None: f"mine-{name}",
             "is_name_available": lambda self, name, max_length=None: True,
-            "_save": lambda self, name, content: DropboxStorage._save(
-                self, name, content
-            ),
+            "_save": lambda self, *args: DropboxStorage._save(self, *args),
         }.items():
             kind = type("Own", (DropboxStorage,), {})
             storage = self.account.connect(kind("valid-token"))
@@ -2095,10 +2037,8 @@ class SavingTests(StorageTestCase):
 
     def test_a_name_that_gets_taken_meanwhile(self):
         """As between the check and the write: also by the same bytes, sent only once."""
-        for size, route in (
-            (5, "files/upload"),
-            (3 * self.storage.CHUNK_SIZE, f"{SESSION}/finish"),
-        ):
+        large = 3 * self.storage.CHUNK_SIZE
+        for size, route in ((5, "files/upload"), (large, f"{SESSION}/finish")):
             data = noise(size, size)
             for other in (b"other", data):
                 self.new_account()
@@ -2115,17 +2055,20 @@ class SavingTests(StorageTestCase):
             self.assertEqual(self.storage._save("a", ContentFile(data)), "a")
             # Equal bytes of somebody else are not taken for one's own.
             self.new_account()
-            theirs = functools.partial(
-                self.account.put, "/a", data, "2020-01-01T00:00:00Z"
-            )
+            old = "2020-01-01T00:00:00Z"
+            theirs = functools.partial(self.account.put, "/a", data, old)
             with self.refused(route, theirs, times=99):
                 self.account.storage(max_wait=0)._save("a", ContentFile(data))
+            self.account.entries.clear()
+            with self.failing(route, theirs):
+                name = self.storage._save("a", ContentFile(data))
+            self.holds({"a": data, name: data})
+            self.assertNotEqual(name, "a")
         with ThreadPoolExecutor(8) as pool:
             saved = [*pool.map(lambda i: (self.save("b", b"%d" % i), i), range(40))]
-        files = self.account.files()
-        self.assertEqual(
-            {files[f"/{name}"] for name, _ in saved}, {b"%d" % i for _, i in saved}
-        )
+        self.assertEqual(len({name for name, _ in saved}), 40)
+        for name, i in saved:
+            self.assertEqual(self.account.files()[f"/{name}"], b"%d" % i)
 
     def test_names_that_are_taken_again_and_again(self):
         class Counting(DropboxStorage):
@@ -2158,13 +2101,20 @@ class SavingTests(StorageTestCase):
             for content in (b"first", b"second"):
                 self.assertEqual(self.save("a", content, storage), "a")
                 self.holds({"a": content})
-            content = Unsized(
-                bytes(size), then=lambda: self.account.put("/a", b"theirs")
-            )
+            theirs = functools.partial(self.account.put, "/a", b"theirs")
+            content = Unsized(bytes(size), then=theirs)
             with self.raises(DropboxStorageException, message) as caught:
                 storage.save("a", content)
             self.assertEqual(caught.exception.reason, "path/conflict/file")
             self.holds({"a": b"theirs"})
+
+    def put(self, mode, content, storage):
+        """Save "a" in a write mode, or write to it in a mode of open()."""
+        if mode in module.WRITE_MODES:
+            storage.write_mode = mode
+            self.assertEqual(self.save("a", content, storage), "a")
+        else:
+            self.write("a", content, mode, storage)
 
     def test_a_lost_response_to_the_last_attempt_is_no_failure(self):
         """With max_wait=0, too: a task's retry would make a second file."""
@@ -2172,33 +2122,21 @@ class SavingTests(StorageTestCase):
         modes = (*module.WRITE_MODES, "xb", "wb")
         for (size, route), mode in itertools.product(routes, modes):
             for kind in AFTERWARDS:
-                self.new_account(
-                    quirks=["kept_sessions"] if kind == "503_after" else []
-                )
+                self.new_account(quirks=["kept_sessions"] * (kind == "503_after"))
                 storage = self.account.storage(max_wait=0)
                 with self.subTest(f"{route} {kind} {mode}"), self.failing(route, kind):
-                    if mode in module.WRITE_MODES:
-                        storage.write_mode = mode
-                        self.assertEqual(self.save("a", LARGE[:size], storage), "a")
-                    else:
-                        self.write("a", LARGE[:size], mode, storage)
+                    self.put(mode, LARGE[:size], storage)
                 self.holds({"a": LARGE[:size]})
 
     def test_only_the_request_that_commits_is_looked_up(self):
         """An empty file has the hash of what has been hashed before a chunk fails."""
+        append = f"{SESSION}/append_v2"
         for mode in ("overwrite", "update", "wb", "ab"):
             self.new_account()
             self.account.put("/a", b"")
             storage = self.account.storage(max_wait=0)
-            with (
-                self.subTest(mode),
-                self.refused(f"{SESSION}/append_v2", "503", times=99),
-            ):
-                if mode in module.WRITE_MODES:
-                    storage.write_mode = mode
-                    storage.save("a", ContentFile(LARGE))
-                else:
-                    self.write("a", LARGE, mode, storage)
+            with self.subTest(mode), self.refused(append, "503", times=99):
+                self.put(mode, LARGE, storage)
             self.holds({"a": b""})
             self.assertEqual(self.account.calls[f"{SESSION}/finish"], 0)
 
@@ -4263,9 +4201,6 @@ urlpatterns = [
 ]
 
 
-# All together
-
-
 class ManifestStorage(ManifestFilesMixin, DropboxStorage):
     """Reads its manifest when it is built: a test gives the class a client before."""
 
@@ -4289,13 +4224,6 @@ class ManifestTests(StorageTestCase):
 
 
 # -- On a real account, if there is one ------------------------------------------------
-
-
-# Whatever hypothesis thinks of
-
-
-# The README
-
 
 LIVE = {
     option: os.environ[f"DROPBOX_TEST_{name}"]

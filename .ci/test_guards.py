@@ -1671,27 +1671,6 @@ class ProcessTests(StorageTestCase):
 class CommitTests(StorageTestCase):
     """Chunks, hashes, and responses that are lost."""
 
-    def test_two_who_save_equal_bytes_under_one_name_get_a_file_each(self):
-        """One of them is refused once by a 503 that has done nothing."""
-        for size in (5, 3 * self.storage.CHUNK_SIZE):
-            data = random.Random(size).randbytes(size)
-            for mode in ("add", "x"):
-                account = FakeAccount()
-                storage = account.storage()
-                times = {"modified": "2024-07-01T12:00:00Z"}
-                for route in ("files/upload", "files/upload_session/finish"):
-                    account.fail(route, lambda: account.put("/a", data, **times))
-                with self.subTest(size=size, mode=mode):
-                    if mode == "add":
-                        name = storage._save("a", ContentFile(data))
-                        files = {"/a": data, f"/{name}": data}
-                        self.assertTrue(account.files() == files)
-                        self.assertEqual(len(files), 2)
-                    else:
-                        with self.assertRaises(FileExistsError):
-                            with storage.open("a", "xb") as file:
-                                file.write(data)
-
     def test_chunks_of_any_size_fit_into_a_request(self):
         class Small(FakeAccount):  # as if 12 UNIT were all that a request may carry
             def check_hash(self, argument, body):
@@ -1708,13 +1687,6 @@ class CommitTests(StorageTestCase):
                     name = storage.save("a", ContentFile(data[:end]))
                     self.assertTrue(account.files()[f"/{name}"] == data[:end])
             self.assertEqual(len(account.sessions), 0)
-
-    def test_many_saves_at_once_pass_an_account_that_is_busy(self):
-        """Dropbox refuses what has waited for its lock: time alone decides."""
-        self.account.fail("files/upload", "too_many_writes", times=40, value=1)
-        self.save("a", b"x")
-        self.holds({"a": b"x"})
-        self.assertEqual(self.clock.pauses, [1] * 40)
 
     def test_a_dead_dropbox_is_waited_for_once(self):
         for size in (5, len(LARGE)):
