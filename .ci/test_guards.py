@@ -1799,23 +1799,6 @@ class LinkCacheTests(StorageTestCase):
         newcomer.join(5)
         self.assertEqual(self.account.calls["files/get_temporary_link"], 2)
 
-    def test_a_cache_that_keeps_json(self):
-        class JsonCache(LocMemCache):
-            def set(self, key, value, *args, **kwargs):
-                super().set(key, json.dumps(value), *args, **kwargs)
-
-            def add(self, key, value, *args, **kwargs):
-                return super().add(key, json.dumps(value), *args, **kwargs)
-
-            def get(self, key, default=None, **kwargs):
-                found = super().get(key, None, **kwargs)
-                return default if found is None else json.loads(found)
-
-        kept = {"default": JsonCache("json", {})}
-        with unittest.mock.patch.object(module, "caches", kept):
-            link = self.storage.url("a b.txt")
-            self.assertEqual(self.storage.url("a b.txt"), link)
-
 
 class StalledTokenTests(StorageTestCase):
     """The token endpoint stalls: only what needs a new token waits, and not for long."""
@@ -1989,22 +1972,6 @@ class BlockTests(StorageTestCase):
                 self.assertEqual(
                     self.account.calls["files/download"], requests_until_then
                 )
-
-    def test_a_reader_who_jumps_moves_no_byte_twice(self):
-        big = noise(80 * UNIT, 12)
-        self.account.put("/big", big)
-        numbers = [*range(40)] * 3
-        random.Random(5).shuffle(numbers)
-        with self.storage.open("big") as file:
-            for number in numbers:
-                start = 2 * UNIT * number
-                file.seek(start)
-                self.assertTrue(file.read(UNIT) == big[start : start + UNIT])
-            file.seek(0)
-            self.assertTrue(file.read() == big)
-        self.assertEqual(self.account.calls["files/download"], 40)
-        # The whole file with the first request, of which a block is read; 39 blocks.
-        self.assertEqual(self.account.bytes_out, (80 + 39 * 2) * UNIT)
 
     def test_a_block_that_failed_before_it_was_needed_is_requested_again(self):
         self.account.put("/big", self.big)
