@@ -1851,12 +1851,15 @@ class StalledTokenTests(StorageTestCase):
             self.ends_its_threads()
         self.assertEqual(calls, {"oauth2/token": 1})
 
-    def test_cached_links_open_responses_and_valid_tokens_do_not_wait(self):
+    def test_cached_links_open_responses_and_other_tokens_do_not_wait(self):
         soon = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
         soon += datetime.timedelta(seconds=100)  # valid, but due to be refreshed
         self.storage.client._oauth2_access_token_expiration = soon
         (refreshing,) = self.stalled(1)
         begun = time.monotonic()
+        other = self.account.storage(oauth2_access_token="valid-token")
+        self.assertFalse(other.exists("b"))
+        self.assertTrue(DropboxStorage("valid-token").client)
         self.assertEqual(self.storage.url("a"), self.link)
         self.assertEqual(self.file.read(5), LARGE[5:10])
         self.assertTrue(self.storage.exists("a"))
@@ -1865,52 +1868,6 @@ class StalledTokenTests(StorageTestCase):
         self.account.release.set()
         self.ends_its_threads()
         self.assertTrue(self.storage.exists("a"))  # a failed early refresh harms nobody
-
-
-class SharedRefreshTests(StorageTestCase):
-    """Threads that need a token wait for one refresh, and learn how it has ended."""
-
-    def setUp(self):
-        super().setUp()
-        self.storage = self.account.storage(**REFRESHING)
-        self.begun, self.go_on = threading.Event(), threading.Event()
-        token = self.account.token
-
-        def slow(form):
-            self.begun.set()
-            self.go_on.wait(5)
-            return token(form)
-
-        self.account.token = slow
-
-    def results(self, count=8):
-        """What exists() does in each of the threads, all of which wait for the refresh."""
-        with ThreadPoolExecutor(count) as pool:
-            futures = [pool.submit(self.storage.exists, "a") for _ in range(count)]
-            self.begun.wait(5)
-            time.sleep(0.1)
-            self.assertFalse(any(future.done() for future in futures))
-            self.go_on.set()
-            return [future.exception() or future.result() for future in futures]
-
-    def test_storages_of_one_account_wait_together_too(self):
-        with self.mounted(self.account):
-            storages = [DropboxStorage(**REFRESHING) for _ in range(8)]
-            with unittest.mock.patch.object(self, "storage") as any_storage:
-                any_storage.exists = lambda name: storages.pop().exists(name)
-                self.assertEqual(self.results(), [False] * 8)
-        self.assertEqual(self.account.calls["oauth2/token"], 1)
-
-    def test_no_lock_is_held_while_a_request_is_sent(self):
-        """Other accounts, valid tokens and new storages do not wait for the refresh."""
-        waiting = threading.Thread(target=self.storage.exists, args="a")
-        waiting.start()
-        self.begun.wait(5)
-        other = self.account.storage(oauth2_access_token="valid-token")
-        self.assertFalse(other.exists("a"))
-        self.assertTrue(DropboxStorage("valid-token").client)
-        self.go_on.set()
-        waiting.join()
 
 
 class BlockTests(StorageTestCase):
