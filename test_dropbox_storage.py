@@ -4041,7 +4041,7 @@ class LiveTests(SimpleTestCase):
 
     def test_sizes_around_the_chunks(self):
         chunks = [n * 4 * MiB + d for n in (1, 2, 3) for d in (0, 1)]
-        for size in (0, 1, 256 * 1024, 256 * 1024 + 1, *chunks, len(self.data)):
+        for size in (0, 1, MiB // 4, MiB // 4 + 1, *chunks, len(self.data)):
             name = self.save(f"{size}.bin", self.data[:size])
             self.assertEqual(self.storage.size(name), size)
             self.assertTrue(self.read(name) == self.data[:size])
@@ -4076,14 +4076,16 @@ class LiveTests(SimpleTestCase):
             for content in (b"a", b"a", b"b", self.data, self.data, b""):
                 self.assertEqual(self.save(mode, content, storage), mode)
                 self.assertTrue(self.read(mode) == content)
-        with self.assertRaises(DropboxStorageException):
-            with storage.open("update", "wb") as file:
-                file.write(b"mine")
-                self.save("update", b"theirs", self.new_storage(write_mode="overwrite"))
+        for mine, theirs in ((b"mine", b"theirs"), (self.data, b"theirs again")):
+            with self.assertRaises(DropboxStorageException):
+                with storage.open("update", "wb") as file:
+                    file.write(mine)
+                    self.write("update", "wb", theirs)
+            self.assertEqual(self.read("update"), theirs)
         with self.assertRaises(FileExistsError), self.storage.open("new", "xb") as file:
             file.write(b"mine")
             self.save("new", b"theirs")
-        self.assertEqual((self.read("update"), self.read("new")), (b"theirs",) * 2)
+        self.assertEqual(self.read("new"), b"theirs")
 
     def test_open_modes(self):
         self.write("a", "w", "tw\xf6\n")
