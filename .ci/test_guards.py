@@ -9,6 +9,7 @@ import collections
 import contextlib
 import copy
 import datetime
+import functools
 import gc
 import gzip
 import hashlib
@@ -24,13 +25,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 import unicodedata
 import unittest
@@ -65,11 +66,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-try:
-    import tracemalloc
-except ImportError:
-    tracemalloc = None
-
 import test_dropbox_storage
 from test_dropbox_storage import (  # noqa: F401
     HASH_BLOCK,
@@ -98,7 +94,7 @@ from test_dropbox_storage import (  # noqa: F401
     collecting,
     content_hash,
     expect,
-    get_storage,
+    filled_account,
     module,
     noise,
     raised_by,
@@ -414,7 +410,6 @@ class SinkAccount(FakeAccount):
 ZEROS = bytes(4 * MiB)
 
 
-@unittest.skipUnless(tracemalloc, "PyPy has no tracemalloc")
 class MemoryTests(StorageTestCase):
     """However large a file is, it is never in memory as a whole. At true size."""
 
@@ -422,9 +417,7 @@ class MemoryTests(StorageTestCase):
 
     def setUp(self):
         super().setUp()
-        sizes = true_sizes()
-        sizes.__enter__()
-        self.addCleanup(sizes.__exit__, None, None, None)
+        self.enter(true_sizes())
 
     def peak(self, act):
         tracemalloc.start()
@@ -486,25 +479,18 @@ class GarbageTests(StorageTestCase):
             act()
             gc.collect()
             kinds = (types.FrameType, types.TracebackType)
-            return [
-                one
-                for one in gc.garbage
-                if isinstance(one, kinds) or type(one).__module__ == module.__name__
-            ]
+            own = [one for one in gc.garbage if type(one).__module__ == module.__name__]
+            return [*own, *(one for one in gc.garbage if isinstance(one, kinds))]
         finally:
             gc.set_debug(0)
             gc.garbage.clear()
             gc.enable()
 
-    @unittest.skipIf(sys.implementation.name != "cpython", "needs CPython's collector")
     def test_no_call_makes_a_cycle(self):
         for kind, times in ((None, 1), ("503", 1), ("503", 999), ("bad_input", 9)):
             storages = {}
             for operation, (options, _) in OPERATIONS.items():
-                account = FakeAccount()
-                account.put("/a", b"old")
-                account.put("/huge", HUGE)
-                account.put("/dir/0")
+                account = filled_account()
                 storages[operation] = account.storage(**options, max_wait=1)
                 if kind:
                     account.fail("*", kind, times=times)
@@ -518,7 +504,7 @@ class GarbageTests(StorageTestCase):
             with self.subTest(kind=kind, times=times):
                 self.assertEqual(self.garbage(act), [])
 
-    def test_a_closed_file_keeps_no_content_and_no_exception(self):
+    def test_a_closed_file_keeps_no_content(self):
         self.account.put("/huge", HUGE)
         blocks = weakref.WeakSet()
         init = module._Block.__init__
@@ -534,14 +520,6 @@ class GarbageTests(StorageTestCase):
         file.close()
         self.ends_its_threads()
         self.assertEqual([*blocks], [])
-        kind = type("Weak", (Exception,), {})
-        try:
-            raise kind
-        except kind as error:
-            kept, file = weakref.ref(error), self.storage.open("new", "wb")
-            file.close()
-        gc.collect()
-        self.assertIsNone(kept())
 
 
 @unittest.skipUnless(hasattr(signal, "pthread_kill"), "needs POSIX's signals")
@@ -550,8 +528,7 @@ class LeavingTests(StorageTestCase):
 
     def setUp(self):
         super().setUp()
-        unittest.mock.patch.object(module, "time", time).start()
-        self.addCleanup(unittest.mock.patch.stopall)
+        self.enter(unittest.mock.patch.object(module, "time", time))
         # A shell lets what it runs in the background ignore Ctrl-C.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.addCleanup(signal.signal, signal.SIGINT, before)
@@ -958,9 +935,8 @@ def name_of(name):
 
 class AccountMachineTests(unittest.TestCase):
     def test_any_sequence(self):
-        some = hypothesis.settings(
-            max_examples=40, stateful_step_count=30, deadline=None
-        )
+        sizes = {"max_examples": 40, "stateful_step_count": 30}
+        some = hypothesis.settings(**sizes, deadline=None)
         run_state_machine_as_test(AccountMachine, settings=some)
 
 
@@ -989,7 +965,6 @@ class FailureTests(StorageTestCase):
             self.assertIs(caught.exception.__context__, before)
             self.assertIn("kept", before.__traceback__.tb_next.tb_frame.f_locals)
 
-    @unittest.skipUnless(tracemalloc, "PyPy has no tracemalloc")
     def test_of_a_refusal_a_part_is_read(self):
         bomb = gzip.compress(bytes(50 * MiB))
         for body, encoding in ((b"x" * MiB, "identity"), (bomb, "gzip")):
@@ -1063,9 +1038,7 @@ class FailureTests(StorageTestCase):
         bundle = OSError("Could not find a suitable TLS CA certificate bundle")
         connect = "HTTPSConnectionPool(host='x', port=443): Max retries exceeded"
         verify = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
-        tunnel = (
-            "OSError('Tunnel connection failed: 407 Proxy Authentication Required')"
-        )
+        tunnel = "OSError('Tunnel connection failed: 407 Proxy Authentication Needed')"
         for error, told in (
             (bundle, f"OSError {bundle}"),
             (requests.exceptions.SSLError(f"{connect} {verify}"),
@@ -1197,12 +1170,9 @@ class SecretTests(StorageTestCase):
         for operation, fault in itertools.product(some, kinds):
             options, act = OPERATIONS[operation]
             options = {**options, "oauth2_access_token": None, **secrets}
-            account = FakeAccount()
-            account.put("/a", b"old")
-            account.put("/huge", HUGE)
+            account = filled_account()
             account.refresh_tokens = {values[0]: tuple(values[1:])}
             storage, clean = account.storage(**options), account.storage(**options)
-            cache.clear()
             with account.counting() as calls:
                 act(clean)
             account.entries.pop("/new", None)
@@ -1463,10 +1433,8 @@ class ProcessTests(StorageTestCase):
                 response.raw._original_response = original
                 return response
 
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            self.mounted(Setting()) as account,
-        ):
+        account = Setting()
+        with tempfile.TemporaryDirectory() as folder, self.mounted(account):
             netrc = pathlib.Path(folder, "netrc")
             netrc.write_text("default login user password secret", encoding="utf-8")
             with unittest.mock.patch.dict(os.environ, NETRC=str(netrc)):
@@ -1545,9 +1513,8 @@ class CommitTests(StorageTestCase):
         for size in (5, len(LARGE)):
             self.new_account()
             for route in ("files/upload", "files/upload_session/finish"):
-                self.account.fail(
-                    route, lambda: self.account.fail("*", "503", times=999)
-                )
+                die = functools.partial(self.account.fail, "*", "503", times=999)
+                self.account.fail(route, die)
             self.clock.pauses.clear()
             with self.assertRaises(DropboxStorageException):
                 self.storage._save("a", ContentFile(LARGE[:size]))
@@ -1646,8 +1613,7 @@ class StalledTokenTests(StorageTestCase):
 
     def setUp(self):
         super().setUp()
-        unittest.mock.patch.object(module, "time", time).start()
-        self.addCleanup(unittest.mock.patch.stopall)
+        self.enter(unittest.mock.patch.object(module, "time", time))
 
         class Stalling(FakeAccount):
             stalls, release = False, threading.Event()
