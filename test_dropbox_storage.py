@@ -2818,10 +2818,8 @@ class FileTests(StorageTestCase):
             make = unittest.mock.Mock(side_effect=fault or tempfile.TemporaryFile)
             with self.subTest(numbers=numbers, fault=fault):
                 with self.storage.open("large") as file:
-                    calls, sent = (
-                        sum(self.account.calls.values()),
-                        self.account.bytes_out,
-                    )
+                    calls = sum(self.account.calls.values())
+                    sent = self.account.bytes_out
                     with unittest.mock.patch.object(tempfile, "TemporaryFile", make):
                         for number in numbers:
                             file.seek(block * number)
@@ -3674,37 +3672,31 @@ class CheckTests(StorageTestCase):
         works = r"It works: check-\w{16}\.txt was saved in Dropbox in %s, read and deleted\."
         apps = " An App folder is the root already: root_path begins inside it."
         refused = r"It does not work: files/upload of '/callable/check-\w+.txt' failed"
-        for options, fault, line in (
-            ({}, None, f"{works % '/callable'}\n"),
-            ({"root_path": "/Apps/x"}, None, f"{works % '/Apps/x'}{apps}\n"),
-            ({"write_mode": "update"}, None, f"{works % '/callable'}\n"),
-            ({}, "/path/insufficient_space", rf"{refused}: .*\(the account is full.*"),
-            ({}, "missing_scope", rf"{refused}: missing_scope .*authorize again\)\."),
-            ({}, "reset", rf"{refused} \(1 attempt, 0 s\): .*"),
-            ({"oauth2_access_token": ""}, None, "Check the settings: oauth2_refresh_.*"),
-            ({"oauth2_access_token": "'x'"}, None, "Check the settings: .* is not shown."),
-            ({"tokn": 1}, None, "Check the settings: Unknown option tokn; there are .*"),
-            ({"backend": "django.core.files.storage.FileSystemStorage"}, None,
+        upload, download, delete = "files/upload", "files/download", "files/delete_v2"
+        for options, route, fault, line in (
+            ({}, None, None, f"{works % '/callable'}\n"),
+            ({"root_path": "/Apps/x"}, None, None, f"{works % '/Apps/x'}{apps}\n"),
+            ({"write_mode": "update"}, None, None, f"{works % '/callable'}\n"),
+            ({}, upload, "/path/insufficient_space", rf"{refused}: .*\(the account is full.*"),
+            ({}, upload, "missing_scope", rf"{refused}: missing_scope .*authorize again\)\."),
+            ({}, upload, "reset", rf"{refused} \(1 attempt, 0 s\): .*"),
+            ({}, download, "corrupt", "It does not work: .* Dropbox has other bytes.*"),
+            ({"oauth2_access_token": ""}, None, None, "Check the settings: oauth2_refresh_.*"),
+            ({"oauth2_access_token": "'x'"}, None, None, "Check the settings: .* is not shown."),
+            ({"tokn": 1}, None, None, "Check the settings: Unknown option tokn; there are .*"),
+            ({"backend": "django.core.files.storage.FileSystemStorage"}, None, None,
              "Check the settings: The storage 'checked' is a FileSystemStorage, no .*"),
-            ({"backend": "missing.Storage"}, None, "Check the settings: Could not find.*"),
+            ({"backend": "missing.Storage"}, None, None, "Check the settings: Could not find.*"),
+            ({}, delete, "missing_scope", "It does not work: .*delete_v2 .* failed: missing_.*"),
         ):  # fmt: skip
+            self.holds({})  # after the line before
             self.account.faults.clear()
             if fault:
-                self.account.fail("files/upload", fault, times=99)
+                self.account.fail(route, fault, times=99)
             with self.subTest(options, fault=fault):
                 self.assertRegex(self.run_check(options), f"^{line}$")
-            self.holds({})
         found = self.run_check({}, "none")
         self.assertRegex(found, "^Check the settings: Could not find")
-
-    @unittest.skipUnless(HAS_STORAGES, "aliases came with Django 4.2")
-    def test_what_comes_back_and_what_stays(self):
-        self.account.fail("files/download", "corrupt")
-        self.assertRegex(self.run_check({}), "Dropbox has other bytes")
-        self.holds({})
-        self.account.fail("files/delete_v2", "missing_scope")
-        said = "files/delete_v2 of .* failed: missing_scope"
-        self.assertRegex(self.run_check({}), said)
 
 
 class AuthorizeTests(StorageTestCase):
@@ -3722,10 +3714,11 @@ class AuthorizeTests(StorageTestCase):
         return shown.getvalue(), None
 
     def test_the_token_is_printed_and_works(self):
-        with self.costs("oauth2/token"):
-            shown, end = self.run_command(" valid-code\n", "app-key")
-        self.assertIsNone(end)
-        *lines, key, token = shown.splitlines()
+        ask = unittest.mock.patch("builtins.input", return_value=" valid-code\n")
+        with self.costs("oauth2/token"), ask:
+            with contextlib.redirect_stdout(io.StringIO()) as shown:
+                self.assertEqual(module.authorize("app-key"), "pkce-refresh-token")
+        *lines, key, token = shown.getvalue().splitlines()
         self.assertEqual(key, "DROPBOX_APP_KEY=app-key")
         self.assertEqual(token, "DROPBOX_OAUTH2_REFRESH_TOKEN=pkce-refresh-token")
         address = next(line for line in lines if line.startswith("https://"))
@@ -3733,13 +3726,8 @@ class AuthorizeTests(StorageTestCase):
         self.assertEqual(query["token_access_type"], ["offline"])
         self.assertEqual(query["code_challenge_method"], ["S256"])
         self.assertEqual(query["scope"], [" ".join(module.SCOPES)])
-        settings = dict(line.split("=") for line in (key, token))
-        with override_settings(**settings):
+        with override_settings(**dict(line.split("=") for line in (key, token))):
             self.assertFalse(DropboxStorage().exists("a"))
-        self.account.codes["another"] = " ".join(module.SCOPES)
-        with unittest.mock.patch("builtins.input", return_value="another"):
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.assertEqual(module.authorize("app-key"), "pkce-refresh-token")
 
     def test_what_fails_is_one_line(self):
         refused = "oauth2/token of '%s' failed"
