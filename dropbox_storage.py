@@ -195,7 +195,8 @@ def _refresh_token(value):
 def _root_path(value):
     path = "/" + str(value or "").replace("\\", "/").strip("/")
     if not str(value).startswith("/"):
-        raise ValueError(f"a path that begins with '/', such as {path!r}")
+        text = f"a path that begins with '/', such as {path!r}"
+        raise ValueError(f"{text} (a relative one was in the working directory)")
     if re.search(NO_TEXT, path) or ".." in path.split("/"):
         raise ValueError("a path without '..', NUL and half characters")
     return unicodedata.normalize("NFC", posixpath.normpath(path))
@@ -258,8 +259,8 @@ class _Account:
         if missing and not self.oauth2_access_token:
             names = [f"{name} ({OPTIONS[name].setting})" for name in missing]
             raise ImproperlyConfigured(
-                f"{' and '.join(names)} not set or empty: set oauth2_refresh_token, "
-                "app_key and app_secret (an app that uses PKCE has no secret), or else "
+                f"{' and '.join(names)} not set or empty: set oauth2_refresh_token and "
+                "app_key, as python -m dropbox_storage prints them, or else "
                 "oauth2_access_token (DROPBOX_OAUTH2_TOKEN). A token that is empty in "
                 "an argument or a class counts: no setting takes its place."
             )
@@ -448,7 +449,8 @@ class DropboxStorage(django_storage.Storage):
 
         It is made when it is used, and shares its connections and its token with those
         of all storages of the process that have the same credentials. You may assign
-        another one, which then uses its own credentials, headers and time limit.
+        another one, which then uses its own credentials, headers and time limit, until
+        you delete the attribute.
         """
         if self._assigned_client is not None:
             return self._assigned_client
@@ -467,6 +469,10 @@ class DropboxStorage(django_storage.Storage):
     @client.setter
     def client(self, client):
         self._assigned_client = client
+
+    @client.deleter
+    def client(self):
+        self._assigned_client = None
 
     @property
     def _api(self):

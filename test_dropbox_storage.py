@@ -1434,9 +1434,10 @@ class OptionTests(StorageTestCase):
     blank = "a line break or a blank at its end"
     other = "another character, which is not shown"
     path = "a path without '..', NUL and half characters"
+    old = "(a relative one was in the working directory)"
     wrong = [  # option, value, what it must be, what is said of the value, if not its repr
-        ("root_path", "media", "a path that begins with '/', such as '/media'"),
-        ("root_path", "", "a path that begins with '/', such as '/'"),
+        ("root_path", "media", f"a path that begins with '/', such as '/media' {old}"),
+        ("root_path", "", f"a path that begins with '/', such as '/' {old}"),
         ("root_path", "/a/../b", path),
         ("root_path", "/..", path),
         ("root_path", "/a\0b", path),
@@ -1668,8 +1669,8 @@ class AccountTests(StorageTestCase):
 
     def test_credentials_that_cannot_work_are_named_at_the_first_request(self):
         advice = (
-            "not set or empty: set oauth2_refresh_token, app_key and app_secret (an app that "
-            "uses PKCE has no secret), or else oauth2_access_token (DROPBOX_OAUTH2_TOKEN). A "
+            "not set or empty: set oauth2_refresh_token and app_key, as python -m "
+            "dropbox_storage prints them, or else oauth2_access_token (DROPBOX_OAUTH2_TOKEN). A "
             "token that is empty in an argument or a class counts: no setting takes its place."
         )
         token = "oauth2_refresh_token (DROPBOX_OAUTH2_REFRESH_TOKEN)"
@@ -1782,10 +1783,13 @@ class AccountTests(StorageTestCase):
         for _ in range(3):
             storage.client.files_list_folder("")  # its copies hand on the token
         storage.exists("a")
-        other = DropboxStorage(namespace_id="42")
+        other = DropboxStorage(**REFRESHING, namespace_id="42")
         other.client = storage.client  # is used as it is
         self.assertFalse(other.exists("x"))
         self.assertNotIn("Dropbox-API-Path-Root", self.account.last_headers)
+        del other.client
+        self.assertFalse(other.exists("x"))
+        self.assertIn("Dropbox-API-Path-Root", self.account.last_headers)
         self.assertEqual(self.account.calls["oauth2/token"], 2)
         client = copy.copy(storage.client)
         client._session = FakeAccount().create_session()  # of somebody else
