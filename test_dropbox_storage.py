@@ -3245,7 +3245,7 @@ class TokenTests(StorageTestCase):
         token = self.account.token
 
         def slow(form):  # so that all threads wait for the first one
-            time.sleep(0.1)
+            time.sleep(0.5)
             return token(form)
 
         self.account.token = slow
