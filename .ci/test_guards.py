@@ -712,7 +712,12 @@ class QuirkTests(StorageTestCase):
             replaced = {"FakeAccount": lambda account=account: account, "LIVE": {}}
             replaced.update(MiB=UNIT, true_sizes=contextlib.nullcontext)
             result = unittest.TestResult()
-            with unittest.mock.patch.multiple(test_dropbox_storage, **replaced):
+            with contextlib.ExitStack() as stack:
+                patch = unittest.mock.patch
+                stack.enter_context(patch.multiple(test_dropbox_storage, **replaced))
+                # A busy account needs true time: others commit in it.
+                stack.enter_context(patch.object(module, "time", time))
+                stack.enter_context(patch.object(DropboxStorage, "FIRST_WAIT", 0.02))
                 live.setUpClass()
                 for name in unittest.defaultTestLoader.getTestCaseNames(live):
                     live(name).run(result)
