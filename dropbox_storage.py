@@ -20,14 +20,15 @@ README.md describes the options and what the storage promises. The sections here
     The view and the commands      serve(), check() and authorize()
 
 A storage calls an upload, an upload calls _Api, and _Api calls the SDK: each section
-calls those below it, and only open files and the commands call the storage. A storage
-holds its options and, if you assign one, its client. What else lasts is in _clients,
-_tokens and _find_session(): clients, access tokens and connections of the process.
+calls mostly those below it. Upwards, options, open files and the commands use the
+storage, and the refresh of a token uses _Api. A storage holds its options and, if you
+assign one, its client. What else lasts is in _clients, _tokens and _find_session():
+clients, access tokens and connections of the process.
 
 One rule explains much of the code. Debug pages and error trackers show the local
-variables of every function that an error passes through. Therefore no local variable
-holds a credential, and the content of a file is only in objects with a short repr, such
-as io.BytesIO and memoryview.
+variables of every function that an error passes through. Therefore none of them holds a
+credential: it is deleted first, or _Api.try_once() clears it. The content of a file is
+only in objects with a short repr, such as io.BytesIO and memoryview.
 
 License: BSD-3-Clause.
 """
@@ -133,7 +134,7 @@ FOREIGN_HOOKS = {
 
 
 class _Option:
-    """An option of the storage, which is checked and cleaned whenever it is used.
+    """An option of the storage. DropboxStorage._option() cleans it whenever it is used.
 
     This is a non-data descriptor, so Python itself knows the order of precedence: a
     property of a subclass; a constructor argument, which is in the __dict__ of the
@@ -219,13 +220,15 @@ def _seconds(value, least, most):
 
 
 def _one_of(value, choices):
-    if value in list(choices):
+    if value in choices:
         return value
     raise ValueError(f"one of {', '.join(map(repr, choices))}")
 
 
 class _Account:
-    """The credentials that a storage uses. It has no repr, so no report shows them.
+    """The credentials that a storage uses, by the names of the SDK's arguments.
+
+    It has no repr, so no report shows them.
 
     Of the places that set a token, the nearest to the storage decides, also if its
     value is empty: a tenant without a token must not use the account of the site.
@@ -392,6 +395,7 @@ class DropboxStorage(django_storage.Storage):
             options["oauth2_access_token"] = oauth2_access_token
         unknown = sorted(options.keys() - OPTIONS.keys())
         vars(self).update(options)
+        # What deconstruct() returns. Attributes may change later, so it is hidden now.
         self._arguments = _hide_credentials(self._arguments, vars(self))
         del oauth2_access_token, options  # an error report shows this frame
         for hook, advice in FOREIGN_HOOKS.items():
@@ -438,6 +442,7 @@ class DropboxStorage(django_storage.Storage):
             # The value of a text, which may be secret, is described and not shown.
             wanted, *found = error.args
             found = found[0] if found else repr(value)
+        # Raised out here, so that the first error and its frames are not attached.
         del value  # an error report shows this frame
         raise ImproperlyConfigured(
             f"{name} (or {option.setting}) must be {wanted}: found {found}."
@@ -524,20 +529,21 @@ class DropboxStorage(django_storage.Storage):
                 name = self._clean_name(choose_name(wanted))
                 upload.path = self._path(name)
 
-    def _start_upload(self, name, mode, revision=None):
+    def _start_upload(self, name, mode, revision):
         path = self._path(name)
         connections = max(1, self.CONNECTIONS)
         return _Upload(self._api, path, mode, revision, self.CHUNK_SIZE, connections)
 
     def _commit(self, upload):
         """Let the upload become the file, and drop the link to the one before."""
-        link = self._cached_link(upload.api, upload.path)  # fails first, if it does
-        has_replaced = upload.mode != "add"  # perhaps, even if it fails
+        # Made before the commit: a wrong option must not fail after it.
+        link = self._cached_link(upload.api, upload.path)
+        link_is_old = upload.mode != "add"  # perhaps, even if the commit fails
         try:
             upload.commit()
-            has_replaced = True
+            link_is_old = True
         finally:
-            if has_replaced:
+            if link_is_old:
                 link.forget()
 
     def generate_filename(self, filename):
@@ -602,6 +608,7 @@ class DropboxStorage(django_storage.Storage):
         """
         base_url = self._option("base_url")
         if base_url is not None:
+            # As in Django, a name outside of root_path has an address, too.
             relative = self._make_relative(_spell(str(name or "")))
             path = filepath_to_uri(relative).lstrip("/")
             return f"{str(base_url).rstrip('/')}/{path}"
@@ -739,6 +746,7 @@ class _NewFile(django_storage.Storage):
         return self._storage.get_alternative_name(file_root, file_ext)
 
     def get_available_name(self, name, max_length=None):
+        # _store() does not know max_length.
         name = super().get_available_name(name, self._max_length)
         self._given.add(name)
         return name
@@ -831,7 +839,7 @@ class _CachedLink:
         link = self._api.make_client().files_get_temporary_link(self._path).link
         if not _is_link(link):
             text = "found no https link"
-            raise _RequestError("BadResponse", text, is_transient=True)
+            raise _RequestError("BadResponse", text, is_temporary=True)
         return link
 
     def forget(self):
@@ -936,7 +944,7 @@ class DropboxFile(File):
             self._end(False, "an exception came first")
 
     def _dealloc_warn(self, source):
-        """Wrappers of Python's io call this if nobody uses them, and then close()."""
+        """Wrappers of Python's io call this as garbage, and then close()."""
         self._is_collecting = True
 
     def __del__(self):
@@ -960,7 +968,7 @@ class DropboxFile(File):
             if saves and draft.is_changed():
                 draft.upload.send(draft.chunks())
                 self._storage._commit(draft.upload)
-            if reason:
+            if reason and draft.is_changed():
                 logger.warning("%r is not saved: %s.", self.name, reason)
 
 
@@ -986,15 +994,18 @@ class _Draft:
         self._temporary = tempfile.TemporaryFile(buffering=0, dir=folder)
         self._original = None  # the _ContentHash of the file in Dropbox, if it matters
         try:
-            target = self._find_target(storage, name, mode)
+            target = self._prepare(storage, name, mode)
             self.upload = storage._start_upload(name, *target)
             self.handle = self._open_handle(mode)
         except BaseException:
             self._temporary.close()
             raise
 
-    def _find_target(self, storage, name, mode):
-        """Return the write mode, and the revision that may be replaced."""
+    def _prepare(self, storage, name, mode):
+        """Return the write mode, and the revision that may be replaced.
+
+        If the mode keeps the content of the file, copy that to the temporary file.
+        """
         if "w" in mode and storage._option("write_mode") == "update":
             return "update", storage._find_revision(name)
         if "w" in mode:
@@ -1013,10 +1024,11 @@ class _Draft:
     def _fill(self, download):
         """Copy what is downloaded to the temporary file; return its revision."""
         with io.BufferedReader(download, READ_SIZE) as source:
+            # A raw file may write only a part.
             with open(self._temporary.fileno(), "wb", closefd=False) as copied:
                 # A loop would hold content in a local variable.
                 copied.writelines(iter(functools.partial(source.read, READ_SIZE), b""))
-            self._original = download.content
+            self._original = download.hash
         self._temporary.seek(0)
         return download.metadata.rev
 
@@ -1038,10 +1050,10 @@ class _Draft:
         """Whether it differs from the file in Dropbox with which it began."""
         if self._original is None or self._original.size != self.size:
             return True
-        content = _ContentHash()
+        found = _ContentHash()
         # A loop would hold content in a local variable.
-        collections.deque(map(content.update, self.chunks()), maxlen=0)
-        return content.hexdigest() != self._original.hexdigest()
+        collections.deque(map(found.update, self.chunks()), maxlen=0)
+        return found.hexdigest() != self._original.hexdigest()
 
     def chunks(self):
         self._temporary.seek(0)
@@ -1077,6 +1089,7 @@ class _Upload:
         self.api = api
         self.path = path
         self.mode = mode
+        # Strict: the same bytes are a conflict, too.
         self._commit_options = {"mode": files.WriteMode.add, "strict_conflict": True}
         if mode == "overwrite":
             self._commit_options = {"mode": files.WriteMode.overwrite}
@@ -1086,7 +1099,7 @@ class _Upload:
         blocks = max(1, -(-chunk_size // HASH_BLOCK))  # rounded up
         self._chunk_size = min(blocks, MAX_REQUEST // 2 // HASH_BLOCK) * HASH_BLOCK
         self._connections = connections
-        self._content = _ContentHash()  # of the chunks that Dropbox has
+        self._hash = _ContentHash()  # of the chunks that Dropbox has
         self._chunks = []  # those that have not been sent
         self._sending = collections.deque()  # calls, each of which returns a hash
         self._session = None  # the id of the upload session
@@ -1107,7 +1120,9 @@ class _Upload:
             while len(self._chunks) > (2 if self._session is None else 1):
                 self._append_in_background(self._chunks.pop(0))
         if self._session is not None:
-            self._close_session()
+            while self._sending:
+                self._hash.append(self._sending.popleft().result())
+            self._hash.append(self._append(self._offset, self._chunks.pop(), True))
 
     def commit(self):
         """Make the content the file at self.path.
@@ -1128,7 +1143,7 @@ class _Upload:
             raise DropboxStorageException(
                 f"{message}; it was left alone.", "path/conflict/file"
             ) from error
-        if not self._content.matches(metadata):
+        if not self._hash.matches(metadata):
             message = f"files/upload of {self.path!r} failed: Dropbox has other bytes."
             raise DropboxStorageException(message, "content_hash_mismatch")
 
@@ -1143,26 +1158,26 @@ class _Upload:
         if failure is None or not (failure.is_lost or is_refused):
             return False
         api = copy.copy(self.api)
-        if failure.is_transient:  # the commit has waited already
+        if failure.is_temporary:  # the commit has waited already
             api.max_wait = 0
         with contextlib.suppress(*NO_FILE, DropboxStorageException):
             found = api.call("files/get_metadata", self.path)
-            if _is_file(found) and self._content.matches(found):
+            if _is_file(found) and self._hash.matches(found):
                 now = self._commit_options["client_modified"]
                 return self.mode != "add" or found.client_modified == now
         return False
 
     def _send_commit(self):
         if self._session is not None:
-            cursor = self._files.UploadSessionCursor(self._session, self._content.size)
+            cursor = self._files.UploadSessionCursor(self._session, self._hash.size)
             commit = self._files.CommitInfo(self.path, **self._commit_options)
             route = "files/upload_session/finish"
             return self.api.call(route, self.path, io.BytesIO(), cursor, commit)
         while len(self._chunks) > 1:
             self._chunks[0].write(self._chunks.pop(1).getbuffer())
         (chunk,) = self._chunks
-        self._content = _ContentHash(chunk.getbuffer())
-        options = {**self._commit_options, "content_hash": self._content.hexdigest()}
+        self._hash = _ContentHash(chunk.getbuffer())
+        options = {**self._commit_options, "content_hash": self._hash.hexdigest()}
         return self.api.call("files/upload", self.path, chunk, self.path, **options)
 
     def _append_in_background(self, chunk):
@@ -1170,27 +1185,22 @@ class _Upload:
         if self._session is None:
             route = "files/upload_session/start"
             kind = self._files.UploadSessionType.concurrent
-            self._session = self.api.call(
-                route, self.path, io.BytesIO(), False, kind
-            ).session_id
+            started = self.api.call(
+                route, self.path, io.BytesIO(), close=False, session_type=kind
+            )
+            self._session = started.session_id
         if len(self._sending) == self._connections:
-            self._content.append(self._sending.popleft().result())
+            self._hash.append(self._sending.popleft().result())
         call = _BackgroundCall(self._append, self._offset, chunk, False)
         self._sending.append(call)
-        self._offset += chunk.tell()  # its length: the position is at its end
-
-    def _close_session(self):
-        """Send the last chunk when all others are there."""
-        while self._sending:
-            self._content.append(self._sending.popleft().result())
-        self._content.append(self._append(self._offset, self._chunks.pop(), True))
+        self._offset += chunk.tell()  # its length: sending does not move its position
 
     def _append(self, offset, chunk, close):
         """Send a chunk of the session; return its hash."""
-        content = _ContentHash(chunk.getbuffer())
+        content_hash = _ContentHash(chunk.getbuffer())
         cursor = self._files.UploadSessionCursor(self._session, offset)
         route = "files/upload_session/append_v2"
-        digest = content.hexdigest()
+        digest = content_hash.hexdigest()
         try:
             self.api.call(route, self.path, chunk, cursor, close, content_hash=digest)
         except DropboxStorageException as error:
@@ -1198,7 +1208,7 @@ class _Upload:
             is_refused = _has_tags(error.reason, "closed", "incorrect_offset")
             if not (is_refused and error.failure.is_lost):
                 raise
-        return content
+        return content_hash
 
 
 def _cut(content, size):
@@ -1224,7 +1234,8 @@ def _view(data):
         return memoryview(data.encode() if isinstance(data, str) else data).cast("B")
     except UnicodeEncodeError as error:
         message = f"surrogates not allowed (character {error.start} of a chunk)"
-    del data  # an error report shows this frame, and all of the text in the error
+    # Raised out here: the first error, which holds all the text, is not attached.
+    del data  # an error report shows this frame
     raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, message)
 
 
@@ -1255,7 +1266,7 @@ DRAIN = 512 * 1024
 class _Download(io.RawIOBase):
     """The bytes of one revision of a file. Seeking sends no request, reading may do."""
 
-    _is_collected = False  # by the garbage collector, which should not read anything
+    _is_collecting = False  # the garbage collector, which should not read anything
     _blocks = None  # until the file is open
 
     def __init__(self, api, path, connections):
@@ -1264,7 +1275,7 @@ class _Download(io.RawIOBase):
         if not metadata.size:
             response.drain_conn()  # only a response that is read keeps its connection
         self.size = metadata.size
-        self.content = _ContentHash()  # of what has been read in order
+        self.hash = _ContentHash()  # of what has been read in order
         self._api = api
         self.metadata = metadata
         self._path = path
@@ -1280,7 +1291,7 @@ class _Download(io.RawIOBase):
         return True
 
     def seek(self, offset, whence=io.SEEK_SET):
-        self._check(is_relative=whence == io.SEEK_CUR)
+        self._check(needs_position=whence == io.SEEK_CUR)
         starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}
         if whence not in starts or starts[whence] + offset < 0:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -1316,26 +1327,26 @@ class _Download(io.RawIOBase):
         self._position += len(view)
         return view
 
-    def _check(self, is_relative=True):
+    def _check(self, needs_position=True):
         """Raise an error if the file is closed, or if the position is not known."""
         if self.closed:
             raise ValueError("I/O operation on closed file.")
         if self._process != os.getpid():
             message = f"{self._path!r} was opened in another process; open it again."
             raise DropboxStorageException(message)
-        if self._has_failed and is_relative:  # the buffer above has lost its content
+        if self._has_failed and needs_position:  # the buffer above has lost its content
             message = f"Reading {self._path!r} has failed; seek() to where to continue."
             raise DropboxStorageException(message)
 
     def _check_content(self, view):
         """Hash what is read in order from the beginning, and check the whole file."""
         if self._position == 0:
-            self.content = _ContentHash()
-        hashed = self.content.size - self._position  # bytes of this view
-        if not 0 <= hashed < len(view):
+            self.hash = _ContentHash()
+        known = self.hash.size - self._position  # bytes of this view, hashed before
+        if not 0 <= known < len(view):
             return
-        self.content.update(view[hashed:])
-        if self.content.size == self.size and not self.content.matches(self.metadata):
+        self.hash.update(view[known:])
+        if self.hash.size == self.size and not self.hash.matches(self.metadata):
             raise DropboxStorageException(
                 f"files/download of {self._path!r} failed: Dropbox has other bytes.",
                 "content_hash_mismatch",
@@ -1344,14 +1355,14 @@ class _Download(io.RawIOBase):
 
     def _dealloc_warn(self, source):
         """The BufferedReader calls this before it closes because nobody uses it."""
-        self._is_collected = True
+        self._is_collecting = True
 
     def close(self):
         if self._blocks is not None:
             self._api.is_cancelled = True
             # A forked process shares the connection with its parent.
             is_own = self._process == os.getpid()
-            self._blocks.close(may_drain=is_own and not self._is_collected)
+            self._blocks.close(may_drain=is_own and not self._is_collecting)
         super().close()
 
 
@@ -1375,7 +1386,8 @@ class _Blocks:
         self._offsets = {}  # of the blocks in it, by number
         self._most_ahead = min(connections, KEPT_BLOCKS)
         self._number = 0  # of the block that was read last
-        self._in_order = BLOCKS_IN_ORDER  # blocks read in order: as if after so many
+        # Blocks read in order. A new reader counts as one who has read enough of them.
+        self._in_order = BLOCKS_IN_ORDER
         # Of an anonymous map, only what is used takes memory.
         data = memoryview(mmap.mmap(-1, self._block_size))[:size]
         self._memory[0] = _Block(api, path, metadata.rev, 0, data, response)
@@ -1398,7 +1410,7 @@ class _Blocks:
             block.prefetch()
             self._memory[one] = block
         while len(self._memory) > KEPT_BLOCKS + 1:
-            self._drop(next(one for one in self._memory if one))  # never the first
+            self._drop(next(one for one in self._memory if one))  # never block 0
         return self._memory[number].read(offset, count)
 
     def _make_block(self, number):
@@ -1417,11 +1429,11 @@ class _Blocks:
         """Drop a block from memory: to the disk if this reader may come back to it."""
         block = self._memory.pop(number)
         block.close()
-        jumps = self._in_order < BLOCKS_IN_ORDER
+        goes_on = self._in_order >= BLOCKS_IN_ORDER
+        if goes_on or number in self._offsets or not block.is_whole:
+            return
         offset = len(self._offsets) * self._block_size
-        if number in self._offsets or not (
-            jumps and block.is_whole and offset < MAX_DISK
-        ):
+        if offset >= MAX_DISK:
             return
         with contextlib.suppress(OSError):
             if self._disk is None:
@@ -1499,7 +1511,7 @@ class _Block:
             count = self._response.readinto(part)
             if not count:
                 text = f"the response ended before byte {begin}"
-                raise _RequestError("BadResponse", text, is_transient=True)
+                raise _RequestError("BadResponse", text, is_temporary=True)
             self.loaded += count
         except BaseException:
             self._close_response()
@@ -1531,11 +1543,11 @@ def _request_bytes(api, path, begin=0, end=None):
         headers["Range"] = f"bytes={begin}-{end - 1}"
     metadata, response = api.make_client(headers).files_download(path)
     encoding = response.headers.get("Content-Encoding", "identity")
-    found = response.headers.get("Content-Range", "bytes 0-")
+    found = response.headers.get("Content-Range", "bytes 0-")  # none: the whole file
     if encoding != "identity" or not found.startswith(f"bytes {begin}-"):
         response.raw.close()
         text = f"asked for bytes from {begin}, found {encoding} {found}"
-        raise _RequestError("BadResponse", f"{text}: a proxy changes them")
+        raise _RequestError("BadResponse", f"{text}: a proxy changes it")
     return metadata, response.raw
 
 
@@ -1648,7 +1660,7 @@ def _start(thread):
 
 # -- The way to Dropbox ----------------------------------------------------------------
 
-# Seconds in which an address of a host must accept a connection. It may have two.
+# Seconds in which an address of a host must accept a connection. A host may have two.
 CONNECT_LIMIT = 10
 
 # Seconds. The longest pause between two attempts, unless Dropbox asks for a longer one.
@@ -1674,7 +1686,7 @@ class _Api:
     def call(self, route, path, *args, **kwargs):
         """Call the SDK's method for the route, with the path or else with args.
 
-        An io.BytesIO among them stands for its content.
+        An io.BytesIO as the first of them stands for its content.
         """
 
         def attempt():
@@ -1686,7 +1698,7 @@ class _Api:
         return self.repeat(route, path, attempt)
 
     def repeat(self, route, path, attempt):
-        """Return what attempt() returns. Repeat it while its failures are transient.
+        """Return what attempt() returns. Repeat it while its failures are temporary.
 
         The last attempt begins at most max_wait seconds after the first failure. An
         error that comes neither from Dropbox nor from the network passes through.
@@ -1709,7 +1721,7 @@ class _Api:
             failures.append(failure)
             if failure.is_token_refused and not had_new_token:
                 pause = 0  # the next attempt begins with a new token
-            elif not failure.is_transient or waited + pause >= self.max_wait:
+            elif not failure.is_temporary or waited + pause >= self.max_wait:
                 is_lost = any(one.is_lost for one in failures)
                 failure = failure._replace(is_lost=is_lost)
                 raise _make_error(failure, reason, record, self.max_wait)
@@ -1808,8 +1820,8 @@ def _read_refusal(response):
         body.write(part)
     response.close()
     text = body.getvalue()[:MAX_REFUSAL].decode(errors="replace")
-    number = response.headers.get("x-dropbox-request-id")
-    error = HttpError(number, response.status_code, text)
+    request_id = response.headers.get("x-dropbox-request-id")
+    error = HttpError(request_id, response.status_code, text)
     error.retry_after = response.headers.get("Retry-After")
     return error
 
@@ -1825,7 +1837,7 @@ KEPT_CLIENTS = 1000
 # Seconds before the end of an access token in which it is refreshed, as in the SDK.
 REFRESH_EARLY = 300
 
-# Seconds from a failure of that to the next refresh, unless Dropbox asks for more.
+# Seconds from a failed refresh to the next early one, unless Dropbox asks for more.
 REFRESH_PAUSE = 30
 
 _clients = collections.OrderedDict()  # by process and account, the oldest first
@@ -1841,7 +1853,7 @@ class _Token:
         # exception of a signal handler can leave it locked.
         self.lock = _thread.allocate_lock()
         self.refresh = None  # the last call that has been started
-        self.refreshes = 0  # how many have ended
+        self.ended = 0  # how many calls have ended
         self.failure = None  # of the last one
         self.retry_at = 0  # seconds, on the monotonic clock: not refreshed early before
 
@@ -1853,7 +1865,7 @@ def _ensure_token(api):
     interrupt it, and that nobody waits who still has a valid token.
     """
     owner = api.owner
-    token = _find_token(owner)
+    token = _find_token(owner)  # first: in a forked process, it closes connections
     if not owner._oauth2_refresh_token:
         return
     expiration = owner._oauth2_access_token_expiration
@@ -1865,20 +1877,20 @@ def _ensure_token(api):
         return
     refresh = token.refresh
     if refresh is None or refresh.is_done:
-        refresh = _BackgroundCall(_refresh, api, token, token.refreshes)
+        refresh = _BackgroundCall(_refresh, api, token, token.ended)
         token.refresh = refresh
     if is_valid:
         return
     connect, answer = _find_time_limits(api.client._timeout)
     limit = None if None in (connect, answer) else 2 * connect + answer
     if not refresh.wait(limit):
-        raise _RequestError("token refresh timed out", is_transient=True)
+        raise _RequestError("token refresh timed out", is_temporary=True)
     if failure := refresh.result():
         raise _RequestError(*failure)
 
 
-def _refresh(api, token, ended):
-    """Let the SDK refresh the token, unless more refreshes than `ended` have ended.
+def _refresh(api, token, ended_before):
+    """Let the SDK refresh the token, unless another call has ended meanwhile.
 
     Returns None, or the _Failure for all who wait: threads must not share an exception,
     whose traceback grows in each.
@@ -1890,13 +1902,13 @@ def _refresh(api, token, ended):
         client.check_and_refresh_access_token()
         if not _is_plain(client._oauth2_access_token):
             text = "the answer holds no access token"
-            raise _RequestError("BadResponse", text, is_transient=True)
+            raise _RequestError("BadResponse", text, is_temporary=True)
         _keep_token(client, api.owner)
 
     with token.lock:
-        if token.refreshes == ended:
+        if token.ended == ended_before:
             token.failure = api.try_once(attempt)[1]
-            token.refreshes += 1
+            token.ended += 1
             if token.failure:
                 pause = max(REFRESH_PAUSE, token.failure.retry_after)
                 token.retry_at = time.monotonic() + pause
@@ -1947,7 +1959,7 @@ def _find_client(account):
             max_retries_on_error=0,  # _Api.repeat() alone repeats requests
             max_retries_on_rate_limit=0,
         )
-        _tokens[client] = _Token()
+        _tokens[client] = _Token()  # without it, the session would be closed
         client = _clients.setdefault(key, client)
         while len(_clients) > KEPT_CLIENTS:
             _clients.popitem(last=False)
@@ -2004,7 +2016,7 @@ def _find_session(process):
 OS_ERRORS = {
     "path/not_found": errno.ENOENT,
     "path_lookup/not_found": errno.ENOENT,
-    "path/malformed_path": errno.ENOENT,  # but an upload says what is wrong
+    "path/malformed_path": errno.ENOENT,  # but not in an upload, see _make_error()
     "path_lookup/malformed_path": errno.ENOENT,
     "path/not_file": errno.EISDIR,
     "conflict/folder": errno.EISDIR,
@@ -2018,7 +2030,7 @@ EXPIRED = "expired_access_token"
 INVALID = "invalid_access_token"
 
 # The tags of the reasons after which the same request may succeed later.
-TRANSIENT = ("too_many_write_operations", "content_hash_mismatch")
+TEMPORARY = ("too_many_write_operations", "content_hash_mismatch")
 
 # What to do about a failure with these words in Dropbox's answer, or in the text of a
 # network error. These are logged as errors: only the owner of the account, the app or
@@ -2093,7 +2105,7 @@ class _Failure(NamedTuple):
 
     reason: str  # Dropbox's own text for programs
     text: str = ""  # what it says to people
-    is_transient: bool = False  # the same request may succeed later
+    is_temporary: bool = False  # the same request may succeed later
     is_lost: bool = False  # it may have been carried out; only its response was lost
     is_token_refused: bool = False  # another access token, which can be had, may help
     retry_after: float = 0  # seconds that Dropbox asks to wait
@@ -2112,7 +2124,7 @@ class _RequestError(Exception):
         self.failure = _Failure(*args, **kwargs)
 
 
-def _clear_frames(error, handled=None):
+def _clear_frames(error, handled):
     """Clear the frames of the error and its causes, which hold tokens and content.
 
     handled: an error that was there before; it and its causes stay as they are.
@@ -2125,7 +2137,7 @@ def _clear_frames(error, handled=None):
         error = error.__context__ if cause is None else cause
 
 
-def _explain(error, client):
+def _explain(error, owner):
     """Return the _Failure behind an error of the SDK, requests or urllib3.
 
     Returns None for an error that comes from elsewhere: a bug, a hook, or a time limit
@@ -2133,21 +2145,20 @@ def _explain(error, client):
     """
     if isinstance(error, _RequestError):
         return error.failure
-    defined_by = type(error).__module__.partition(".")[0]
-    raised_by = defined_by
-    if defined_by in ("builtins", "json", "simplejson"):
-        raised_by = _find_innermost_package(error)
-    if raised_by not in LIBRARIES:
+    package = type(error).__module__.partition(".")[0]
+    if package == "builtins":
+        package = _find_innermost_package(error)
+    if package not in LIBRARIES:
         return None
     if hasattr(error, "status_code"):
-        return _explain_refusal(error, client)
+        return _explain_refusal(error, owner)
     name = type(error).__name__
-    text = _redact(str(error), client)
-    if raised_by == "urllib" or re.search(ABOUT_SETTINGS, name):
+    text = _redact(str(error), owner)
+    if package == "urllib" or re.search(ABOUT_SETTINGS, name):
         # Such a text may show the password of a proxy, or a token.
         text = "bad header" if "Header" in name else "bad address"
-    is_transient = not re.search(LASTING, f"{name} {text}")
-    return _Failure(name, text, is_transient, is_lost=True)
+    is_temporary = not re.search(LASTING, f"{name} {text}")
+    return _Failure(name, text, is_temporary, is_lost=True)
 
 
 def _find_innermost_package(error):
@@ -2158,7 +2169,7 @@ def _find_innermost_package(error):
     return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
-def _explain_refusal(error, client):
+def _explain_refusal(error, owner):
     """Return the _Failure behind a response that is not 2xx.
 
     The reason is Dropbox's error_summary without the dots at its end, or the tags of
@@ -2174,20 +2185,22 @@ def _explain_refusal(error, client):
     summary = summary.rstrip("/. ") if isinstance(summary, str) else ""
     tags = "/".join(str(answer[path]) for path in answer if path.endswith("/.tag"))
     reason = _printable(tags if tags.startswith(summary) else summary)
-    if not re.fullmatch("[a-z_/]*", reason):  # no tags, on which we decide
-        reason = _redact(reason, client)
-    body = _redact(body, client)
+    if not re.fullmatch("[a-z_/]*", reason):  # a sentence: we decide on tags alone
+        reason = _redact(reason, owner)
+    body = _redact(body, owner)
     fields = ("user_message/text", "error_description", "error/required_scope")
     texts = [str(answer[path]) for path in fields if answer.get(path)]
-    is_gone = status >= 500 or status == 408
-    is_busy = status == 429 or _has_tags(reason, *TRANSIENT)
-    can_renew = bool(client._oauth2_refresh_token)
+    may_be_done = status >= 500 or status == 408
+    is_busy = status == 429 or _has_tags(reason, *TEMPORARY)
+    can_renew = bool(owner._oauth2_refresh_token)
     asked = [getattr(error, "retry_after", None), answer.get("error/retry_after")]
     return _Failure(
         reason=reason or f"HTTP {status}",
-        text=_redact(" ".join(texts), client) if reason else body,
-        is_transient=is_gone or is_busy or (can_renew and _has_tags(reason, EXPIRED)),
-        is_lost=is_gone,
+        text=_redact(" ".join(texts), owner) if reason else body,
+        is_temporary=may_be_done
+        or is_busy
+        or (can_renew and _has_tags(reason, EXPIRED)),
+        is_lost=may_be_done,
         is_token_refused=can_renew and _has_tags(reason, EXPIRED, INVALID),
         retry_after=max(map(_number, asked)),
         refusal=(error.request_id, status, body),
@@ -2219,10 +2232,10 @@ def _printable(text):
     return "".join(one if one.isprintable() else " " for one in text[:500]).strip()
 
 
-def _redact(text, client):
+def _redact(text, owner):
     """Return the text without credentials, however they are quoted."""
     for name in CREDENTIALS:
-        for part in _find_parts(getattr(client, f"_{name}") or ""):
+        for part in _find_parts(getattr(owner, f"_{name}") or ""):
             text = text.replace(part, HIDDEN)
     return re.sub("//[^/@\\s]+@", f"//{HIDDEN}@", text)  # the user of a proxy
 
@@ -2259,7 +2272,7 @@ def _make_error(failure, reason, record, max_wait):
 def _make_storage_error(failure, reason, record, max_wait):
     """Return a DropboxStorageException, which is logged if somebody must know it."""
     tries = ""
-    if failure.is_transient:
+    if failure.is_temporary:
         tries = f"{record['attempt']} attempt{'s' * (record['attempt'] > 1)}"
         tries = f"{tries}, {record['seconds']:.0f} s"
         if failure.retry_after:
@@ -2274,10 +2287,10 @@ def _make_storage_error(failure, reason, record, max_wait):
     error = DropboxStorageException(
         f"{record['route']} of {record['path']!r} failed{tries}: {told}{advice}.",
         failure.reason,
-        failure.is_transient,
+        failure.is_temporary,
         failure.retry_after,
     )
-    if failure.is_transient:
+    if failure.is_temporary:
         logger.warning("Gave up: %s", error, extra=record)
     elif words in OWNER_ADVICE:
         # Trackers group errors by the template.

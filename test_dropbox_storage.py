@@ -3089,6 +3089,13 @@ class LeavingFileTests(StorageTestCase):
         messages = [call.args[0] % call.args[1:] for call in warn.call_args_list]
         self.assertEqual(messages, [warning] if warning else [])
 
+    def test_what_was_only_read_is_given_up_without_a_warning(self):
+        self.account.put("/a", b"old")
+        for leave in (Forgetting.forget, AfterAnException.raise_in_block):
+            with unittest.mock.patch.object(module.logger, "warning") as warn:
+                leave(lambda: self.storage.open("a", "r+b"), lambda file: file.read())
+            self.assertEqual(warn.call_args_list, [])
+
     def test_what_is_given_up_is_not_sent_and_has_its_size(self):
         with self.costs():
             for leave in (Discarding.discard, AfterAnException.raise_in_block):
