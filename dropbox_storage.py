@@ -2170,41 +2170,46 @@ def _find_innermost_package(error):
 
 
 def _explain_refusal(error, owner):
-    """Return the _Failure behind a response that is not 2xx.
-
-    The reason is Dropbox's error_summary without the dots at its end, or the tags of
-    the error if they are more, or OAuth's error.
-    """
+    """Return the _Failure behind a response that is not 2xx."""
     status = error.status_code
     body = error.body or ""
     try:
         answer = dict(_flatten(json.loads(body)))
     except (ValueError, RecursionError):
         answer = {}
-    summary = answer.get("error_summary") or answer.get("error")
-    summary = summary.rstrip("/. ") if isinstance(summary, str) else ""
-    tags = "/".join(str(answer[path]) for path in answer if path.endswith("/.tag"))
-    reason = _printable(tags if tags.startswith(summary) else summary)
-    if not re.fullmatch("[a-z_/]*", reason):  # a sentence: we decide on tags alone
-        reason = _redact(reason, owner)
+    reason = _find_reason(answer, owner)
     body = _redact(body, owner)
     fields = ("user_message/text", "error_description", "error/required_scope")
     texts = [str(answer[path]) for path in fields if answer.get(path)]
     may_be_done = status >= 500 or status == 408
     is_busy = status == 429 or _has_tags(reason, *TEMPORARY)
     can_renew = bool(owner._oauth2_refresh_token)
+    is_expired = can_renew and _has_tags(reason, EXPIRED)
     asked = [getattr(error, "retry_after", None), answer.get("error/retry_after")]
     return _Failure(
         reason=reason or f"HTTP {status}",
         text=_redact(" ".join(texts), owner) if reason else body,
-        is_temporary=may_be_done
-        or is_busy
-        or (can_renew and _has_tags(reason, EXPIRED)),
+        is_temporary=may_be_done or is_busy or is_expired,
         is_lost=may_be_done,
-        is_token_refused=can_renew and _has_tags(reason, EXPIRED, INVALID),
+        is_token_refused=is_expired or (can_renew and _has_tags(reason, INVALID)),
         retry_after=max(map(_number, asked)),
         refusal=(error.request_id, status, body),
     )
+
+
+def _find_reason(answer, owner):
+    """Return the text for programs: "" if the answer, a flattened one, has none.
+
+    It is Dropbox's error_summary without the dots at its end, or the tags of the error
+    if they are more, or OAuth's error.
+    """
+    summary = answer.get("error_summary") or answer.get("error")
+    summary = summary.rstrip("/. ") if isinstance(summary, str) else ""
+    tags = "/".join(str(answer[path]) for path in answer if path.endswith("/.tag"))
+    reason = _printable(tags if tags.startswith(summary) else summary)
+    if re.fullmatch("[a-z_/]*", reason):  # tags, on which we decide
+        return reason
+    return _redact(reason, owner)
 
 
 def _flatten(value, path=""):
