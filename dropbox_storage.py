@@ -123,6 +123,11 @@ NO_TEXT = "[\0\ud800-\udfff]"
 
 # What deconstruct() puts in the place of an argument that holds a credential.
 HIDDEN = "***"
+
+# Characters with quotes. A shorter credential hides only a whole text in an argument:
+# the key "media" must not hide the root_path "/media".
+MIN_SECRET = 14
+
 NOT_GIVEN = object()  # the access token, if the constructor has no such argument
 
 # Names that django-storages uses and this storage ignores, and what to do instead.
@@ -250,6 +255,11 @@ class _Account:
         """Whether deconstruct() has left out one of the credentials."""
         return HIDDEN in vars(self).values()
 
+    def agrees_with(self, other):
+        """Whether the other may be meant by what is not hidden here."""
+        own = vars(self)
+        return all(own[name] in (HIDDEN, vars(other)[name]) for name in own)
+
     @property
     def digest(self):
         """A key for these credentials that does not show them."""
@@ -281,12 +291,13 @@ def _find_account(storage):
         arguments = storage.deconstruct()
         registered = _registered_storages(type(storage))
         equal = [_Account(one) for one in registered if one.deconstruct() == arguments]
-        accounts = {one.digest: one for one in equal if not one.is_hidden}
+        known = [one for one in equal if not one.is_hidden]
+        accounts = {one.digest: one for one in known if account.agrees_with(one)}
         if len(accounts) != 1:
             raise ImproperlyConfigured(
                 f"This {type(storage).__name__} was built from a migration or in a "
                 "task, without credentials. One entry of STORAGES must have this "
-                "class, the same other options, and the credentials."
+                "class, the same options, and the credentials."
             )
         account = accounts.popitem()[1]
     account.check()
@@ -305,7 +316,12 @@ def _registered_storages(kind):
 
 def _hide_credentials(arguments, credentials):
     """Return (args, kwargs) of a constructor with "***" for what holds a credential."""
-    secrets = [repr(credentials[name]) for name in CREDENTIALS if credentials.get(name)]
+    secrets = []
+    for name in CREDENTIALS:
+        if secret := credentials.get(name):
+            quoted = repr(secret)
+            # A long one may be a part of a text, as of a URL.
+            secrets.append(quoted[1:-1] if len(quoted) >= MIN_SECRET else quoted)
 
     def hide(value):
         if isinstance(value, Promise):  # a lazy URL, which may not be known yet
@@ -473,6 +489,8 @@ class DropboxStorage(django_storage.Storage):
 
     @client.setter
     def client(self, client):
+        if client is None:  # else the account of the settings would be used
+            raise TypeError("client must be a dropbox.Dropbox; del ends an assignment")
         self._assigned_client = client
 
     @client.deleter
@@ -511,8 +529,7 @@ class DropboxStorage(django_storage.Storage):
     def _store(self, name, content, choose_name):
         """Save the content and return its name: choose_name(name) if that is taken."""
         mode = self._option("write_mode")
-        wanted = self._clean_name(name)
-        name = wanted
+        name = self._clean_name(name)
         revision = self._find_revision(name) if mode == "update" else None
         refused = set()
         with contextlib.closing(self._start_upload(name, mode, revision)) as upload:
@@ -526,7 +543,7 @@ class DropboxStorage(django_storage.Storage):
                         raise  # the same would be refused for ever
                 # The name is taken: try another one.
                 refused.add(name)
-                name = self._clean_name(choose_name(wanted))
+                name = self._clean_name(choose_name(name))
                 upload.path = self._path(name)
 
     def _start_upload(self, name, mode, revision):
@@ -588,11 +605,12 @@ class DropboxStorage(django_storage.Storage):
             return bool(self._api.call("files/get_metadata", self._path(name)))
         except IsADirectoryError:  # the root
             return True
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def listdir(self, path):
-        entries = self._list_folder(self._full_path(path).rstrip("/"))
+        folder = self._full_path(self._clean_name(path))
+        entries = self._list_folder(folder.rstrip("/"))
         folders = [entry.name for entry in entries if not _is_file(entry)]
         files = [entry.name for entry in entries if _is_file(entry)]
         return folders, files
@@ -666,7 +684,8 @@ class DropboxStorage(django_storage.Storage):
 
     def _path(self, name):
         """Return Dropbox's path of a name, which must not be the root."""
-        path = self._full_path(name)
+        # A name that leaves root_path must not reach the code of a subclass.
+        path = self._full_path(self._clean_name(name))
         if self._is_root(path):
             raise _os_error(errno.EISDIR, "the root of all files", path or "/")
         return path
@@ -1736,11 +1755,9 @@ class _Api:
 
         The error of the SDK, and all that its frames hold, is gone with this call.
         """
-        handled = sys.exc_info()[1]
         try:
-            return attempt(), None
+            return _call_sdk(attempt), None
         except BaseException as error:
-            _clear_frames(error, handled)
             failure = _explain(error, self.owner)
             if failure is None:
                 raise
@@ -1984,6 +2001,12 @@ def _client_class():
             super().refresh_access_token(*args, **kwargs)
             _keep_token(self, _find_owner(self))
 
+        def check_and_refresh_access_token(self):
+            return _call_sdk(super().check_and_refresh_access_token)
+
+        def request_json_string(self, *args, **kwargs):
+            return _call_sdk(super().request_json_string, *args, **kwargs)
+
     return Client
 
 
@@ -2122,6 +2145,16 @@ class _RequestError(Exception):
     def __init__(self, *args, **kwargs):
         super().__init__()
         self.failure = _Failure(*args, **kwargs)
+
+
+def _call_sdk(function, *args, **kwargs):
+    """Call the function. After an error, nobody sees the variables of the SDK."""
+    handled = sys.exc_info()[1]
+    try:
+        return function(*args, **kwargs)
+    except BaseException as error:
+        _clear_frames(error, handled)
+        raise
 
 
 def _clear_frames(error, handled):

@@ -1721,6 +1721,11 @@ class AccountTests(StorageTestCase):
                     other = import_string(path)(*args, **{**kwargs, "timeout": 8})
                     self.assertEqual(self.owner(other), None)
                     self.assertEqual(self.owner(DropboxStorage(*args, **kwargs)), None)
+                if "app_key" in hidden:  # a tenant's has the app of the entry alone
+                    for token in ("site-refresh", "", None):
+                        tenant = {**kwargs, "oauth2_refresh_token": token}
+                        other = import_string(path)(*args, **tenant)
+                        self.assertEqual(self.owner(other), None)
 
     @unittest.skipUnless(HAS_STORAGES, "STORAGES came with Django 4.2")
     def test_of_two_entries_none_is_guessed(self):
@@ -1797,6 +1802,8 @@ class AccountTests(StorageTestCase):
         storage.client = client
         storage.exists("a")
         self.assertEqual(self.account.calls["oauth2/token"], 2)
+        with self.assertRaisesRegex(TypeError, "^client must be a dropbox.Dropbox"):
+            storage.client = None
 
     def test_an_early_refresh_that_failed_is_not_repeated_at_once(self):
         storage = DropboxStorage(**REFRESHING)
@@ -2049,6 +2056,21 @@ class SavingTests(StorageTestCase):
         storage.name = "1.txt"  # which is refused for ever
         with self.assertRaises(FileExistsError), self.costs(*["files/upload"] * 2):
             self.save("a", b"mine", storage)
+
+    def test_an_alternative_name_that_is_taken_meanwhile(self):
+        class New(DropboxStorage):
+            def get_alternative_name(self, file_root, file_ext):
+                return f"{file_root}_new{file_ext}"
+
+        for content in (b"small", LARGE):
+            self.new_account()
+            self.account.put("/a.txt")
+            take = functools.partial(self.account.put, "/a_new.txt")
+            commit = "files/upload" if content == b"small" else f"{SESSION}/finish"
+            number = 2 if content == b"small" else 1
+            self.account.fail(commit, take, nth=number)
+            storage = self.account.connect(New("valid-token"))
+            self.assertEqual(self.save("a.txt", content, storage), "a_new_new.txt")
 
     def test_folders_and_files_in_the_way(self):
         self.account.put("/dir/b")

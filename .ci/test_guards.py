@@ -1178,6 +1178,24 @@ class SecretTests(StorageTestCase):
             self.assertIsInstance(error, kind)
             self.assertFalse(secret in page, options)
 
+    def test_no_debug_page_shows_a_secret_of_the_client_that_is_used_directly(self):
+        secrets = {name: os.urandom(9).hex() for name in module.CREDENTIALS}
+        secrets["oauth2_access_token"] = None
+        account = FakeAccount()
+        refresh, _, *app = secrets.values()
+        account.refresh_tokens = {refresh: tuple(app)}
+        with self.mounted(account):
+            storage = DropboxStorage(**secrets)
+            for route in ("oauth2/token", "files/list_folder"):
+                for fault in ("503", "reset", "garbage", "missing_scope"):
+                    account.faults.clear()
+                    account.fail(route, fault, times=9)
+                    _, page = self.debug_page(
+                        lambda: storage.client.files_list_folder("")
+                    )
+                    for secret in (refresh, *app, *account.tokens):
+                        self.assertFalse(secret in page, (route, fault))
+
     def test_what_a_migration_holds_in_place_of_credentials(self):
         class Tenant(DropboxStorage):
             def __init__(self, accounts, folder, *more):
@@ -1201,6 +1219,10 @@ class SecretTests(StorageTestCase):
                 self.account = account
                 super().__init__()
 
+        class Address(DropboxStorage):
+            def __init__(self, url):
+                super().__init__(url.rpartition("@")[0].rpartition("/")[2])
+
         keywords = {k: v for k, v in self.secrets.items() if "access" not in k}
         hidden = dict.fromkeys(self.secrets, "***")
         nested = {"deep": [keywords["app_secret"]]}
@@ -1214,6 +1236,7 @@ class SecretTests(StorageTestCase):
             (Tenant([keywords], "/x", nested, "/y"), ("***", "/x", "***", "/y"), {}),
             (Renamed("hidden-1", folder="/y"), ("***",), {"folder": "/y"}),
             (Computed({"token": "hidden-token"}), ("***",), {}),
+            (Address("dropbox://hidden-token@media"), ("***",), {}),
             (failing, ({"token": "hidden-token"},), {}),
             (replaced, ("***",), {"root_path": "/r"}),
             (renamed, ("***", "/r", None), {}),
