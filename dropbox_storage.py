@@ -671,6 +671,8 @@ class DropboxStorage(django_storage.Storage):
 
     def _make_relative(self, name):
         """Return an absolute name inside root_path as a relative one."""
+        if not name.startswith("/"):
+            return name
         root = self._root
         return name[len(root) + 1 :] if f"{name}/".startswith(f"{root}/") else name
 
