@@ -2331,6 +2331,20 @@ class NameTests(StorageTestCase):
         self.assertEqual(storage.listdir("/media"), storage.listdir(""))
         self.assertRaises(IsADirectoryError, storage.delete, "/media")
 
+    def test_a_name_that_leaves_the_folder_reaches_no_override(self):
+        class Tenant(DropboxStorage):
+            def _full_path(self, name):
+                return super()._full_path(f"ann/{name}")
+
+        self.account.put("/bob/a", b"secret")
+        storage = self.account.connect(Tenant("valid-token"))
+        looks = (storage.open, storage.exists, storage.size, storage.url)
+        for look in (*looks, storage.listdir, storage.delete):
+            with self.subTest(look), self.assertRaises(SuspiciousFileOperation):
+                look("../bob/a")
+        with self.failing("files/get_metadata", "/path/not_folder"):
+            self.assertFalse(storage.exists("a/b"))
+
     def test_full_path_is_the_one_place_that_makes_a_path(self):
         """Programs call it beside the client, and override it, as in django-storages."""
 
