@@ -15,7 +15,7 @@ README.md describes the options and what the storage promises. The sections here
     Uploads, Downloads             the content of one file on its way
     Hashes and threads             what both of them use
     The way to Dropbox             requests, which are repeated
-    Clients and access tokens      which of them a request has
+    Clients and access tokens      the client and the token of a request
     What a failure means           what is repeated, and which error is raised
     The view and the commands      serve(), check() and authorize()
 
@@ -124,8 +124,8 @@ NO_TEXT = "[\0\ud800-\udfff]"
 # What deconstruct() puts in the place of an argument that holds a credential.
 HIDDEN = "***"
 
-# Characters with quotes. A shorter credential hides only a whole text in an argument:
-# the key "media" must not hide the root_path "/media".
+# Characters of a credential with its quotes. A shorter one hides an argument only if it
+# is a whole text in it: the key "media" must not hide the root_path "/media".
 MIN_SECRET = 14
 
 NOT_GIVEN = object()  # the access token, if the constructor has no such argument
@@ -202,7 +202,8 @@ def _root_path(value):
     path = "/" + str(value or "").replace("\\", "/").strip("/")
     if not str(value).startswith("/"):
         text = f"a path that begins with '/', such as {path!r}"
-        raise ValueError(f"{text} (a relative one was in the working directory)")
+        old = "django-storages put a relative one into the working directory"
+        raise ValueError(f"{text} ({old})")
     if re.search(NO_TEXT, path) or ".." in path.split("/"):
         raise ValueError("a path without '..', NUL and half characters")
     return unicodedata.normalize("NFC", posixpath.normpath(path))
@@ -256,7 +257,7 @@ class _Account:
         return HIDDEN in vars(self).values()
 
     def agrees_with(self, other):
-        """Whether the other may be meant by what is not hidden here."""
+        """Whether the other has all the credentials that are not hidden here."""
         own = vars(self)
         return all(own[name] in (HIDDEN, vars(other)[name]) for name in own)
 
@@ -2444,15 +2445,10 @@ def authorize(app_key):
     )
     flow.requests_session = _CheckedSession(api.owner, client._timeout)
     print(f"Open this address and allow the app to use your Dropbox:\n{flow.start()}\n")
+    code = _ask_for_code()
     try:
-        code = input("Type the code that the page shows: ").strip()
-    except (EOFError, KeyboardInterrupt):
-        print()
-        code = ""
-    if not code:
-        raise SystemExit("No code was typed. Run this again and copy it from the page.")
-    try:
-        result = api.repeat("oauth2/token", app_key, lambda: flow.finish(code))
+        finish = functools.partial(_finish, flow, code)
+        result = api.repeat("oauth2/token", app_key, finish)
     except DropboxStorageException as error:
         advice = "Check the App key, and run this again for another code."
         raise SystemExit(f"{error} {advice}") from None
@@ -2465,6 +2461,25 @@ def authorize(app_key):
     print(f"\nDROPBOX_APP_KEY={app_key}")
     print(f"DROPBOX_OAUTH2_REFRESH_TOKEN={result.refresh_token}")
     return result.refresh_token
+
+
+def _ask_for_code():
+    try:
+        code = input("Type the code that the page shows: ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        code = ""
+    if not code:
+        raise SystemExit("No code was typed. Run this again and copy it from the page.")
+    return code
+
+
+def _finish(flow, code):
+    """Return what the SDK's flow has for the code, with a refresh token."""
+    result = flow.finish(code)
+    if not _is_plain(result.refresh_token):
+        raise _RequestError("BadResponse", "the answer holds no refresh token")
+    return result
 
 
 def _main():

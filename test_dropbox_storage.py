@@ -1434,7 +1434,7 @@ class OptionTests(StorageTestCase):
     blank = "a line break or a blank at its end"
     other = "another character, which is not shown"
     path = "a path without '..', NUL and half characters"
-    old = "(a relative one was in the working directory)"
+    old = "(django-storages put a relative one into the working directory)"
     wrong = [  # option, value, what it must be, what is said of the value, if not its repr
         ("root_path", "media", f"a path that begins with '/', such as '/media' {old}"),
         ("root_path", "", f"a path that begins with '/', such as '/' {old}"),
@@ -3797,6 +3797,17 @@ class AuthorizeTests(StorageTestCase):
                 self.assertRegex(found, f"^{end}$")
                 self.assertNotIn("REFRESH_TOKEN", shown)
             self.account.faults.clear()
+
+    def test_an_answer_without_a_refresh_token_is_a_failure(self):
+        for missing in (None, "", 5):
+            answer = {"access_token": "sl.x", "uid": "1", "account_id": "dbid:1"}
+            answer["refresh_token"] = missing
+            with unittest.mock.patch.object(
+                self.account, "exchange", lambda form: answer
+            ):
+                shown, found = self.run_command("valid-code", "app-key")
+            self.assertIn("BadResponse the answer holds no refresh token.", found)
+            self.assertNotIn("REFRESH_TOKEN", shown)
 
     def test_the_module_runs_as_a_command_without_settings(self):
         name = module.__name__
